@@ -1,0 +1,38 @@
+# make figures   every notebook in profile quick, on CPU        make test   all checks, notebooks included
+# make lab       JupyterLab                                      make paper  profile paper, on a GPU
+# make keep      figures, and store the outputs in notebooks/    make clean  all but results/ and data/
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+# one thread a process, one process a core: small tensors gain nothing from more
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
+
+.PHONY: figures keep test lab paper lint clean
+figures: .venv/ready
+	$(RUN) -m kafnb figures --profile quick
+
+keep: .venv/ready
+	$(RUN) -m kafnb figures --profile quick --keep
+
+paper: .venv/ready
+	$(RUN) -m kafnb figures --profile paper $(ARGS)
+
+test: .venv/ready
+	$(THREADS) $(RUN) -m pytest --nbval -n $(WORKERS) tests notebooks
+
+lab: .venv/ready
+	$(RUN) -m jupyterlab --notebook-dir=notebooks
+
+lint: .venv/ready
+	$(RUN) -m pip install --quiet ruff && $(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+.venv/ready: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  { echo "kafnb needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt -e .
+	@touch $@
+
+clean:
+	rm -rf runs .venv build *.egg-info .pytest_cache

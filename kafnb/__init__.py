@@ -1,0 +1,26 @@
+"""kafnb: the companion of "Robustness of Deep Neural Networks Using Trainable Activation Functions".
+
+Table of contents, in the order of the story:
+
+    kaf, kwta, parametric, activations    the non-linearities
+    models, data, training                networks, images, how the one learns the other
+    attacks, evaluate                     fooling them, and counting honestly
+    experiments, store                    describe, train or load, keep
+    profiles, figures, notebooks          sizes, pictures, running it all
+"""
+
+from . import attacks, evaluate, figures, models, notebooks, training
+from .activations import ACTIVATIONS, activation
+from .data import Data, load_data
+from .experiments import Evaluation, Experiment, history, load, run
+from .kaf import KAF
+from .kwta import KWTA
+from .paths import VERSION as __version__
+from .profiles import PROFILES, Session
+from .training import Recipe, fit
+
+__all__ = [
+    "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
+    "activation", "attacks", "evaluate", "figures", "fit", "history", "load", "load_data", "models", "notebooks", "run",
+    "training",
+]  # fmt: skip

@@ -1,0 +1,56 @@
+"""Command line: ``python -m kafnb figures --profile quick``."""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (pip checks it, a bare clone does not)
+    print(f"kafnb needs Python 3.11 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
+import argparse
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m kafnb", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    figures = commands.add_parser("figures", help="run the notebooks and write their figures")
+    figures.add_argument("--profile", default="quick", choices=("quick", "small", "paper"))
+    figures.add_argument("--only", nargs="+", default=(), metavar="NN", help="numbers or names of notebooks")
+    figures.add_argument("--seed", type=int, default=0)
+    figures.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    figures.add_argument("--data-root", metavar="PATH", help="where CIFAR-10 is, or a train/, test/ image tree")
+    figures.add_argument("--jobs", type=int, help="notebooks at a time (default: one a core on CPU)")
+    figures.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (profile quick)")
+    return parser
+
+
+def main(argv=None):
+    args = _parser().parse_args(argv)
+    from .notebooks import keep_outputs, run_notebooks
+
+    try:
+        if args.keep and args.profile != "quick":
+            raise ValueError("--keep is for profile quick: stored outputs are what the tests compare with")
+        if args.jobs is not None and args.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+        if args.data_root:
+            from pathlib import Path
+
+            if not Path(args.data_root).is_dir():
+                raise ValueError(f"--data-root: no folder {args.data_root}")
+            args.data_root = Path(args.data_root).resolve()
+        outcomes = run_notebooks(args.profile, args.only, args.seed, args.device, args.data_root, args.jobs)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"kafnb: {error}", file=sys.stderr)
+        return 2
+    failed = [o for o in outcomes if o.error]
+    for o in outcomes:
+        if args.keep and not o.error:
+            keep_outputs(o.name)
+    for o in failed:
+        print(f"kafnb: {o.name}: {o.error}", file=sys.stderr)
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} notebooks done")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Every activation function of the companion by name: ``activation(name, channels)``."""
+
+import difflib
+
+from torch import nn
+
+from .kaf import KAF
+from .kwta import KWTA
+from .parametric import APL, SAF, Maxout, PSSiLU, SReLU
+
+# name -> factory of one layer's activation; factories without use for the channel count ignore it
+ACTIVATIONS = {
+    "identity": lambda channels: nn.Identity(),
+    # fixed
+    "relu": lambda channels: nn.ReLU(),
+    "leaky_relu": lambda channels: nn.LeakyReLU(0.01),
+    "elu": lambda channels: nn.ELU(),
+    "swish": lambda channels: nn.SiLU(),
+    "gelu": lambda channels: nn.GELU(),
+    "softplus": lambda channels: nn.Softplus(),
+    "sigmoid": lambda channels: nn.Sigmoid(),
+    "tanh": lambda channels: nn.Tanh(),
+    # parametric
+    "prelu": lambda channels: nn.PReLU(channels),
+    "srelu": SReLU,
+    "apl": APL,
+    "saf": SAF,
+    "maxout": Maxout,
+    "pssilu": PSSiLU,
+    # of the thesis
+    "kwta": lambda channels: KWTA(0.15),
+    "kaf": KAF,
+    "kaf_relu": lambda channels: KAF(channels, init="relu"),
+    "kaf_elu": lambda channels: KAF(channels, init="elu"),
+    "kaf_swish": lambda channels: KAF(channels, init="swish"),
+    "kaf_free": lambda channels: KAF(channels, trainable_dictionary=True),
+}
+
+
+def pick(table, name, what):
+    """``table[name]``, or a ValueError in one line with the nearest known name."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(table)}"
+    raise ValueError(f"unknown {what} {name!r}{hint}")
+
+
+def activation(name, channels):
+    """A new activation module for a layer of ``channels`` channels.
+
+    Parameters
+    ----------
+    name : str
+        A key of ``ACTIVATIONS``; add your own with ``ACTIVATIONS["mine"] = factory``.
+    channels : int
+        Size of dimension 1 of the layer's output.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; the message suggests the nearest.
+    """
+    return pick(ACTIVATIONS, name, "activation")(channels)

@@ -1,0 +1,170 @@
+"""Data sets: small ones as whole tensors of 8-bit images, so that they can live on the device."""
+
+import dataclasses
+import functools
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .paths import home
+
+MAX_BYTES = 4 * 2**30  # what may live in memory; larger trees need streaming
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """Training and test images.
+
+    Attributes
+    ----------
+    name : str
+        "digits", "cifar10" or "folder:NAME".
+    x_train, x_test : uint8 Tensor, shape (N, C, H, W)
+    y_train, y_test : int64 Tensor, shape (N,)
+    classes : tuple of str
+    """
+
+    name: str
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    classes: tuple
+
+    @property
+    def in_channels(self):
+        return self.x_train.shape[1]
+
+    @property
+    def image_size(self):
+        return self.x_train.shape[2]
+
+    @property
+    def num_classes(self):
+        return len(self.classes)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """First 16 hex digits of the SHA-256 of all images and labels."""
+        digest = hashlib.sha256()
+        for t in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(str(tuple(t.shape)).encode())
+            digest.update(t.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def test(self, n=None):
+        """The first n test images in [0, 1] and their labels; all for None."""
+        return to_unit(self.x_test[:n]), self.y_test[:n]
+
+    def validation_split(self, fraction=0.1):
+        """The same training set with its last ``fraction`` held out as the test set: for every choice made."""
+        keep = len(self.x_train) - max(1, round(fraction * len(self.x_train)))
+        x, y = self.x_train, self.y_train
+        return dataclasses.replace(
+            self, name=f"{self.name}-validation", x_train=x[:keep], y_train=y[:keep], x_test=x[keep:], y_test=y[keep:]
+        )
+
+
+def to_unit(x):
+    """uint8 images to float32 in [0, 1]."""
+    return x.float() / 255
+
+
+@functools.lru_cache(maxsize=2)
+def load_data(spec, root=None):
+    """Load a data set.
+
+    Parameters
+    ----------
+    spec : str
+        "digits" (scikit-learn's, 8x8 grey, no download), "cifar10" (torchvision, downloaded and its checksum
+        verified) or "folder:PATH" (any tree train/<class>/*, test/<class>/* of images of one size).
+    root : path, optional
+        Where cifar10 is kept or put; default ``data/`` in the checkout.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Unknown spec; nothing there and no download possible; images of several sizes.
+    """
+    if spec == "digits":
+        return _digits()
+    if spec == "cifar10":
+        return _cifar10(Path(root) if root else home() / "data")
+    if spec.startswith("folder:"):
+        return _folder(Path(spec.removeprefix("folder:")).expanduser())
+    raise ValueError(f"unknown data {spec!r}: use 'digits', 'cifar10' or 'folder:PATH'")
+
+
+def _digits():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    x = torch.from_numpy((digits.images * 255 / 16).round().astype(np.uint8))[:, None]  # (N, 8, 8) -> (N, 1, 8, 8)
+    y = torch.from_numpy(digits.target).long()
+    # the split is part of the data set, so it does not follow the experiment's seed
+    train, test = train_test_split(np.arange(len(y)), test_size=360, stratify=y, random_state=0)
+    return Data("digits", x[train], y[train], x[test], y[test], tuple("0123456789"))
+
+
+def _cifar10(root):
+    from torchvision.datasets import CIFAR10
+
+    parts = []
+    for train in (True, False):
+        try:
+            parts.append(CIFAR10(root, train=train, download=True))
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put cifar-10-python.tar.gz there, "
+                "or give data_root a folder with train/<class>/ and test/<class>/ images"
+            ) from None
+    arrays = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
+    return Data("cifar10", *arrays[0], *arrays[1], tuple(parts[0].classes))
+
+
+def _folder(path):
+    from torchvision.datasets import ImageFolder
+
+    for part in ("train", "test"):
+        if not (path / part).is_dir():
+            raise FileNotFoundError(f"no folder {path / part}: the data tree must be train/<class>/*, test/<class>/*")
+    parts = [ImageFolder(path / part) for part in ("train", "test")]
+    if parts[0].classes != parts[1].classes:
+        raise ValueError(f"{path}: train and test have different classes: {parts[0].classes} and {parts[1].classes}")
+    tensors = []
+    for part in parts:
+        tensors += [_decode([f for f, _ in part.samples], path), torch.tensor([y for _, y in part.samples])]
+    return Data(f"folder:{path.resolve().name}", *tensors, tuple(parts[0].classes))
+
+
+def _decode(files, path):
+    """Image files of one size -> uint8 (N, 3, H, W)."""
+    from PIL import Image
+
+    def read(file):
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+
+    first = read(files[0])
+    if first.nbytes * len(files) > MAX_BYTES:
+        raise ValueError(
+            f"{path} holds {first.nbytes * len(files) / 2**30:.0f} GiB of pixels; at most {MAX_BYTES // 2**30} fit"
+        )
+    out = np.empty((len(files), *first.shape), np.uint8)
+
+    def place(i):
+        image = read(files[i])
+        if image.shape != first.shape:
+            raise ValueError(
+                f"{files[i]} is {image.shape[:2]}, {files[0]} is {first.shape[:2]}: resize all images to one size"
+            )
+        out[i] = image
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(place, range(len(files))))
+    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()  # (N, H, W, 3) -> (N, 3, H, W)

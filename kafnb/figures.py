@@ -1,0 +1,92 @@
+"""One style for every figure, and ``save_figure``: a picture, its numbers and where they came from."""
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from filelock import FileLock
+
+from .paths import write_atomically
+
+# The same colour and marker for an activation everywhere. Okabe and Ito's colour-blind safe palette;
+# relatives share a colour: a KAF that starts as a function has that function's colour and a filled diamond.
+_BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A800", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+STYLES = {
+    "relu": (_BLACK, "o"), "leaky_relu": ("#777777", "o"), "elu": (_ORANGE, "s"), "swish": (_BLUE, "^"),
+    "gelu": (_SKY, "^"), "softplus": (_PURPLE, "v"), "sigmoid": (_YELLOW, "v"), "tanh": (_PURPLE, "s"),
+    "prelu": ("#777777", "P"), "srelu": (_SKY, "P"), "apl": (_YELLOW, "P"), "saf": (_PURPLE, "P"),
+    "maxout": (_ORANGE, "P"), "pssilu": (_BLUE, "P"), "kwta": (_PURPLE, "X"),
+    "kaf": (_RED, "D"), "kaf_free": (_GREEN, "D"), "kaf_relu": (_BLACK, "D"), "kaf_elu": (_ORANGE, "D"),
+    "kaf_swish": (_BLUE, "D"),
+}  # fmt: skip
+LABELS = {
+    "relu": "ReLU", "leaky_relu": "leaky ReLU", "elu": "ELU", "swish": "Swish", "gelu": "GELU", "softplus": "softplus",
+    "sigmoid": "sigmoid", "tanh": "tanh", "prelu": "PReLU", "srelu": "SReLU", "apl": "APL", "saf": "SAF",
+    "maxout": "maxout", "pssilu": "PSSiLU", "kwta": "k-WTA", "kaf": "KAF", "kaf_free": "KAF_Free",
+    "kaf_relu": "KAF_ReLU", "kaf_elu": "KAF_ELU", "kaf_swish": "KAF_Swish",
+}  # fmt: skip
+
+
+def style(activation):
+    """Keyword arguments color, marker, label of an activation, for any matplotlib call."""
+    color, marker = STYLES.get(activation, ("#555555", "."))
+    return {"color": color, "marker": marker, "label": LABELS.get(activation, activation)}
+
+
+def line(activation):
+    """The same for lines without markers; KAFs dashed, so that they differ from the function they start as."""
+    kind = {k: v for k, v in style(activation).items() if k != "marker"}
+    return kind | {"linestyle": "--" if activation.startswith("kaf_") else "-"}
+
+
+def use_style():
+    """Set matplotlib's parameters for all figures."""
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (7, 3.6), "figure.dpi": 90, "savefig.dpi": 150, "figure.constrained_layout.use": True,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
+            "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.titlesize": 11, "axes.titlelocation": "left",
+            "legend.frameon": False, "font.size": 10, "image.cmap": "gray_r",
+        }
+    )  # fmt: skip
+
+
+def save_figure(figure, name, table, folder, **provenance):
+    """Write ``name``.png and .csv into ``folder`` and the provenance into its manifest.json.
+
+    Parameters
+    ----------
+    figure : matplotlib Figure
+    table : DataFrame
+        The numbers drawn.
+    provenance : JSON values
+        notebook, profile, seed, commit, device, versions.
+    """
+    if not isinstance(table, pd.DataFrame) or table.empty:
+        raise ValueError(f"figure {name} needs the numbers it draws as a non-empty DataFrame")
+    folder = Path(folder)
+    # no version in the picture's metadata: the same numbers give the same file
+    write_atomically(folder / f"{name}.png", lambda p: figure.savefig(p, format="png", metadata={"Software": None}))
+    write_atomically(folder / f"{name}.csv", lambda p: table.to_csv(p, index=False, lineterminator="\n"))
+    update_manifest(folder, "figures", name, provenance)
+
+
+def update_manifest(folder, section, name, entry):
+    """Merge one entry into ``folder``/manifest.json; several notebooks may do so at once."""
+    path = Path(folder) / "manifest.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".manifest.lock"):
+        manifest = json.loads(path.read_text()) if path.exists() else {}
+        entries = manifest.setdefault(section, {})
+        entries[name] = entries.get(name, {}) | entry
+        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        write_atomically(path, lambda p: p.write_text(text))
+
+
+def read_manifest(folder):
+    """The manifest of a figures folder; empty if there is none yet."""
+    path = Path(folder) / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else {}

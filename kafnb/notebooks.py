@@ -1,0 +1,145 @@
+"""Run the notebooks headless, through papermill."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+from tqdm import tqdm
+
+from .figures import update_manifest
+from .paths import home, write_atomically
+
+# notebook -> (section of the thesis, title); the map in README and notebook 00 is drawn from this
+PROGRAMME = {
+    "00_start_here": ("", "Start here: installation check, map, a two-minute tour"),
+    "01_neural_networks": ("2.1.1-2.1.2", "Neural networks and how they learn"),
+    "02_activation_functions": ("2.1.3", "Activation functions"),
+    "03_convolutional_networks": ("2.1.4-2.1.5", "Convolutional networks"),
+    "04_adversarial_examples": ("2.2", "Adversarial examples"),
+    "05_defenses": ("2.3", "Defences"),
+    "06_kernel_activation_functions": ("2.4", "Kernel activation functions"),
+    "07_k_winners_take_all": ("3.1", "k-winners-take-all"),
+    "08_smooth_adversarial_training": ("3.2", "Smooth adversarial training"),
+    "09_activation_distributions": ("4", "Activation distributions"),
+    "10_lipschitz": ("4.1", "Lipschitz constants"),
+    "11_fast_adversarial_training": ("4.2", "Fast adversarial training"),
+    "12_vgg_evaluation": ("5.1", "VGG-inspired networks"),
+    "13_exploding_gradients": ("5.2", "Exploding gradients"),
+    "14_resnet20_evaluation": ("5.3", "ResNet20"),
+    "15_adaptive_attacks": ("6", "Adaptive attacks"),
+    "16_kernels_and_scale": ("6", "Kernels and scale"),
+    "17_errata": ("all", "Errata, measured"),
+    "18_conclusions": ("7", "Conclusions: every claim and its verdict"),
+}
+
+
+def available():
+    """Names of the notebooks that are there, in order."""
+    return sorted(p.stem for p in (home() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def select(only=()):
+    """The notebooks whose number or name is in ``only``; all for none.
+
+    Raises
+    ------
+    ValueError
+        Nothing of that name.
+    """
+    names = available()
+    if not only:
+        return names
+    chosen = {o: [n for n in names if n == o or n.split("_")[0] == o.zfill(2)] for o in only}
+    if missing := [o for o, found in chosen.items() if not found]:
+        raise ValueError(f"no notebook {', '.join(missing)} in {home() / 'notebooks'}; there are {', '.join(names)}")
+    return sorted({n for found in chosen.values() for n in found})
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How one notebook went; ``error`` is empty if well."""
+
+    name: str
+    seconds: float
+    error: str = ""
+
+
+def _execute(name, profile, parameters, threads, position):
+    """Run one notebook in this process; its kernel is a process of its own."""
+    import papermill
+
+    os.environ |= {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    source, target = home() / "notebooks" / f"{name}.ipynb", home() / "runs" / profile / f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    started, error = time.perf_counter(), ""
+    bar = {"position": position, "desc": name, "leave": False, "disable": not sys.stderr.isatty()}
+    try:
+        papermill.execute_notebook(
+            source, target, parameters, kernel_name="python3", cwd=str(source.parent), progress_bar=bar
+        )
+    except papermill.PapermillExecutionError as e:
+        error = f"cell {e.exec_count} failed: {e.ename}: {e.evalue}"
+    except Exception as e:  # a notebook that cannot start must not stop the others
+        error = f"{type(e).__name__}: {e}"
+    return Outcome(name, time.perf_counter() - started, " ".join(error.split()))
+
+
+def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=None, jobs=None):
+    """Execute notebooks into runs/<profile>/, their figures into figures/<profile>/.
+
+    Goes on after a notebook that fails. Running times go into the manifest, apart for a store that was empty at
+    the start ("from nothing") and one that was not.
+
+    Parameters
+    ----------
+    jobs : int, optional
+        Notebooks at a time, each on an equal share of the cores; default one a core on CPU, 1 on a GPU.
+
+    Returns
+    -------
+    list of Outcome
+    """
+    from .profiles import PROFILES, resolve_data, resolve_device
+
+    names, cores = select(only), os.cpu_count() or 1
+    device = resolve_device(device, PROFILES[profile].needs_gpu)
+    resolve_data(PROFILES[profile], data_root)
+    jobs = min(len(names), jobs or (cores if device == "cpu" else 1)) or 1
+    parameters = dict(profile=profile, seed=seed, device=device, data_root=str(data_root) if data_root else None)
+    store = home() / "results"
+    kind = "seconds" if store.is_dir() and any(store.glob("*/SHA256SUMS")) else "seconds_from_nothing"
+    outcomes, context = [], multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(jobs, mp_context=context) as pool,
+        tqdm(total=len(names), desc=f"{profile} notebooks", unit="notebook", position=0) as bar,
+    ):
+        futures = [
+            pool.submit(_execute, n, profile, parameters, max(1, cores // jobs), 1 + i % jobs)
+            for i, n in enumerate(names)
+        ]
+        for future in as_completed(futures):
+            outcome = future.result()
+            outcomes.append(outcome)
+            bar.write(f"{outcome.name}: {outcome.error or 'done'} ({outcome.seconds:.0f} s)")
+            bar.update()
+            if not outcome.error:
+                entry = {kind: round(outcome.seconds), "jobs": jobs, "cores": cores}
+                update_manifest(home() / "figures" / profile, "notebooks", outcome.name, entry)
+    return sorted(outcomes, key=lambda o: o.name)
+
+
+def keep_outputs(name, profile="quick"):
+    """Copy the outputs of an executed notebook back into notebooks/, without papermill's traces and timings."""
+    executed = json.loads((home() / "runs" / profile / f"{name}.ipynb").read_text())
+    path = home() / "notebooks" / f"{name}.ipynb"
+    notebook = json.loads(path.read_text())
+    outputs = {c["id"]: c for c in executed["cells"]}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            done = outputs[cell["id"]]
+            cell["outputs"], cell["execution_count"] = done["outputs"], done["execution_count"]
+    write_atomically(path, lambda p: p.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))

@@ -1,0 +1,173 @@
+"""Profiles (quick, small, paper) and the session that a notebook opens with one."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from . import experiments, figures
+from .data import load_data
+from .paths import home
+from .training import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What a profile fixes for all notebooks: data, the threat, the size of each experiment.
+
+    Attributes
+    ----------
+    data : str
+        Default data set; ``data_root`` may replace CIFAR-10 by a folder tree.
+    eps : float
+        Radius of the L-inf ball, pixel units.
+    epochs : dict
+        Model name -> epochs.
+    images : int or None
+        Test images that attacks are scored on; None for all.
+    steps, restarts : int
+        Of the PGD evaluation.
+    seeds : int
+        Runs of each experiment in the tables.
+    """
+
+    name: str
+    data: str
+    eps: float
+    epochs: dict
+    images: int | None
+    steps: int
+    restarts: int
+    seeds: int
+    augment: str
+    precision: str
+    needs_gpu: bool = False
+
+    @property
+    def step_size(self):
+        """2/255 for eps 8/255, as the thesis; the same share of eps elsewhere."""
+        return self.eps / 4
+
+    def recipe(self, model, method="fgsm_rs", lr=0.1, **changes):
+        """The thesis' recipe for a model in this profile, with the named fields changed.
+
+        SGD without momentum, batch 128, one-cycle triangular rate from ``lr`` / 100 up to ``lr``.
+        """
+        epochs = self.epochs["resnet" if model.startswith("resnet") else model]
+        defaults = dict(
+            method=method, epochs=epochs, eps=self.eps, lr=(lr / 100, lr),
+            augment=self.augment if model.startswith("resnet") else "none", precision=self.precision,
+        )  # fmt: skip
+        return Recipe(**defaults | changes)
+
+    def evaluation(self, labels="true", attack="pgd", **changes):
+        """The thesis' attack at this profile's size: PGD of 50 steps and 10 restarts in ``paper``."""
+        defaults = dict(eps=self.eps, step_size=self.step_size, steps=self.steps, restarts=self.restarts, n=self.images)
+        if attack == "fgsm":
+            defaults = dict(eps=self.eps, n=self.images)
+        return experiments.Evaluation(attack, labels=labels, **defaults | changes)
+
+
+PROFILES = {
+    "quick": Profile(
+        "quick", data="digits", eps=0.1, epochs={"mlp": 20, "light_cnn": 15, "vgg": 15, "resnet": 15},
+        images=360, steps=20, restarts=2, seeds=1, augment="none", precision="float32",
+    ),
+    "small": Profile(
+        "small", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 12, "resnet": 12},
+        images=1000, steps=50, restarts=2, seeds=1, augment="crop_flip", precision="float32",
+    ),
+    "paper": Profile(
+        "paper", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 60, "resnet": 80},
+        images=None, steps=50, restarts=10, seeds=3, augment="crop_flip", precision="bfloat16", needs_gpu=True,
+    ),
+}  # fmt: skip
+
+
+def resolve_device(device, needs_gpu=False):
+    """ "auto", "cpu" or "cuda" to a device that is there.
+
+    Raises
+    ------
+    ValueError
+        CUDA asked for, or needed, and not there.
+    """
+    if device not in ("auto", "cpu") and not str(device).startswith("cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
+    there = torch.cuda.is_available()
+    if ((needs_gpu and device != "cpu") or str(device).startswith("cuda")) and not there:
+        hint = "; profile 'quick' runs on a CPU, or say device='cpu' and wait for days" if needs_gpu else ""
+        raise ValueError(f"no CUDA device found{hint}")
+    return ("cuda" if there else "cpu") if device == "auto" else device
+
+
+def resolve_data(profile, data_root=None):
+    """The data spec of a profile: its own, or the folder tree that ``data_root`` is."""
+    if profile.data == "cifar10" and data_root and (Path(data_root) / "train").is_dir():
+        return f"folder:{data_root}"
+    return profile.data
+
+
+class Session:
+    """What a notebook needs: sizes, data, ``run``, ``save``; one line a notebook instead of five arguments a call.
+
+    Parameters
+    ----------
+    notebook : str
+        Its file name without suffix; figures are named after it.
+    profile, seed, device, data_root
+        The notebook's parameters.
+    """
+
+    def __init__(self, notebook, profile="quick", seed=0, device="auto", data_root=None):
+        if profile not in PROFILES:
+            raise ValueError(f"profile must be one of {tuple(PROFILES)}, got {profile!r}")
+        self.notebook, self.profile, self.seed = notebook, PROFILES[profile], int(seed)
+        self.device = resolve_device(device, self.profile.needs_gpu)
+        self.data_root = data_root
+        self.data_spec = resolve_data(self.profile, data_root)
+        self.progress = os.environ.get("KAFNB_PROGRESS", "1") == "1" and sys.stderr is not None
+        figures.use_style()
+        torch.manual_seed(self.seed)
+
+    @property
+    def data(self):
+        return load_data(self.data_spec, self.data_root)
+
+    @property
+    def seeds(self):
+        return range(self.seed, self.seed + self.profile.seeds)
+
+    def experiment(self, model, activation, recipe, seed=None, **options):
+        """An ``Experiment`` on this session's data; ``options`` go to the model."""
+        seed = self.seed if seed is None else seed
+        return experiments.Experiment(self.data_spec, model, activation, recipe, seed, options)
+
+    def _where(self):
+        return dict(data_root=self.data_root, device=self.device, progress=self.progress)
+
+    def run(self, runs, evaluations=()):
+        """``kafnb.run`` on this session's device and store."""
+        return experiments.run(runs, evaluations, **self._where())
+
+    def load(self, experiment):
+        """``kafnb.load`` on this session's device and store."""
+        return experiments.load(experiment, **self._where())
+
+    def save(self, figure, name, table):
+        """Write figures/<profile>/<notebook>_<name>.png, the numbers drawn as .csv, and its line in the manifest."""
+        figures.save_figure(
+            figure, f"{self.notebook}_{name}", table, home() / "figures" / self.profile.name,
+            notebook=self.notebook, profile=self.profile.name, data=self.data_spec.split("/")[0], seed=self.seed,
+            device=experiments.device_name(self.device), **experiments.provenance(),
+        )  # fmt: skip
+
+    def __str__(self):
+        n = "all" if self.profile.images is None else self.profile.images
+        return (
+            f"profile {self.profile.name}: {self.data.name}, {len(self.data.x_train)} training images of "
+            f"{self.data.in_channels}x{self.data.image_size}x{self.data.image_size}; attacks scored on {n} test "
+            f"images; eps {self.profile.eps:.4g}; seed {self.seed}"
+        )

@@ -1,0 +1,314 @@
+"""One training loop. What differs between methods is how a batch is perturbed: one short generator each."""
+
+import dataclasses
+import time
+
+import pandas as pd
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .activations import pick
+from .attacks import ascend, frozen, pgd, random_delta
+from .data import to_unit
+from .evaluate import clean_accuracy, robust_accuracy
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. Lengths in epochs, eps and step_size in pixel units of [0, 1].
+
+    Attributes
+    ----------
+    method : str
+        A key of ``METHODS``.
+    lr : (float, float)
+        Lowest and highest learning rate of the schedule.
+    schedule : {"triangular", "constant"}
+        One cycle low -> high -> low, or high throughout. ``peak`` is where in the cycle the top stands.
+    l2 : float, optional
+        Penalty lambda * sum(w^2); None takes the model's own.
+    steps, step_size : of "pgd" (default step 2.5 eps / steps) and of "fgsm_rs" (default 1.25 eps).
+    replays : m of "free"; its epochs are divided by it.
+    augment : {"none", "crop", "crop_flip"}
+        Random crop after padding by an eighth of the image (4 for 32 pixels), and horizontal flip.
+    precision : {"float32", "bfloat16", "float16"}
+        Of the forward passes, by autocast; float16 scales the loss.
+    track : int
+        After each epoch, clean and PGD-10 accuracy on the first ``track`` test images go into the history.
+    """
+
+    method: str = "standard"
+    epochs: int = 20
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    momentum: float = 0.0
+    lr: tuple = (0.0, 0.1)
+    schedule: str = "triangular"
+    peak: float = 0.5
+    l2: float | None = None
+    eps: float = 8 / 255
+    steps: int = 7
+    step_size: float | None = None
+    replays: int = 8
+    augment: str = "none"
+    precision: str = "float32"
+    track: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "lr", tuple(float(v) for v in self.lr))
+        for field, table in (("method", METHODS), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+            pick(table, getattr(self, field), field)
+        if self.schedule not in ("triangular", "constant"):
+            raise ValueError(f"schedule must be 'triangular' or 'constant', got {self.schedule!r}")
+        if self.augment not in ("none", "crop", "crop_flip"):
+            raise ValueError(f"augment must be 'none', 'crop' or 'crop_flip', got {self.augment!r}")
+        if len(self.lr) != 2 or not 0 <= self.lr[0] <= self.lr[1] < float("inf"):
+            raise ValueError(f"lr must be (low, high) with 0 <= low <= high, got {self.lr}")
+        if self.epochs < 0 or self.batch_size < 1 or self.eps < 0 or self.replays < 1:
+            raise ValueError(f"epochs and eps must be >= 0, batch_size and replays >= 1, got {self}")
+
+
+# --- methods: each yields the batches to learn from; the loop steps the optimiser between yields ---------------
+
+
+def standard(model, x, y, recipe, state):
+    """The images as they are."""
+    yield x
+
+
+def fgsm(model, x, y, recipe, state):
+    """One signed step of size eps from the image itself. Collapses: see notebook 11. (arXiv:1412.6572)"""
+    with frozen(model):
+        x_adv = ascend(model, x, y, torch.zeros_like(x), eps=recipe.eps, step_size=recipe.eps, steps=1)
+    yield x_adv
+
+
+def fgsm_rs(model, x, y, recipe, state):
+    """Fast adversarial training: a fresh uniform start, one step of 1.25 eps, projected. (arXiv:2001.03994)"""
+    step_size = 1.25 * recipe.eps if recipe.step_size is None else recipe.step_size
+    with frozen(model):
+        x_adv = ascend(model, x, y, random_delta(x, recipe.eps), eps=recipe.eps, step_size=step_size, steps=1)
+    yield x_adv
+
+
+def pgd_at(model, x, y, recipe, state):
+    """Madry's adversarial training: PGD from a random start. (arXiv:1706.06083)"""
+    step_size = 2.5 * recipe.eps / recipe.steps if recipe.step_size is None else recipe.step_size
+    with frozen(model):
+        delta = random_delta(x, recipe.eps)
+        x_adv = ascend(model, x, y, delta, eps=recipe.eps, step_size=step_size, steps=recipe.steps)
+    yield x_adv
+
+
+def free(model, x, y, recipe, state):
+    """Free adversarial training: each batch m times, one backward pass for weights and perturbation both.
+
+    The perturbation goes on from batch to batch within an epoch. (arXiv:1904.12843)
+    """
+    delta = state.setdefault("delta", torch.zeros(recipe.batch_size, *x.shape[1:], device=x.device))[: len(x)]
+    for _ in range(recipe.replays):
+        x_adv = (x + delta).clamp(0, 1).requires_grad_()
+        yield x_adv  # the loop runs loss.backward() here, which leaves the input's gradient in x_adv.grad
+        delta.add_(recipe.eps * x_adv.grad.sign()).clamp_(-recipe.eps, recipe.eps)
+
+
+METHODS = {"standard": standard, "fgsm": fgsm, "fgsm_rs": fgsm_rs, "pgd": pgd_at, "free": free}
+OPTIMIZERS = {
+    "sgd": lambda groups, recipe: torch.optim.SGD(groups, lr=recipe.lr[1], momentum=recipe.momentum),
+    "adam": lambda groups, recipe: torch.optim.Adam(groups, lr=recipe.lr[1]),
+}
+
+
+def triangular(step, total, low, high, peak=0.5):
+    """Learning rate of a one-cycle triangle at ``step`` of ``total``: low, up to high at ``peak``, back to low."""
+    top = peak * total
+    rising = step / top if step < top else (total - step) / (total - top)
+    return low + (high - low) * rising
+
+
+def _optimizer(model, recipe):
+    """The recipe's optimiser; lambda * sum(w^2) in the loss is a weight decay of 2 lambda in the gradient."""
+    l2 = getattr(model, "l2", 0.0) if recipe.l2 is None else recipe.l2
+    types = getattr(model, "l2_layers", ())
+    decayed = [m.weight for m in model.modules() if isinstance(m, types)] if types else []
+    ids = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return OPTIMIZERS[recipe.optimizer](
+        [{"params": decayed, "weight_decay": 2 * l2}, {"params": rest, "weight_decay": 0.0}], recipe
+    )
+
+
+def augment(x, kind):
+    """Random crop after zero padding, and horizontal flip, drawn for each image; (N, C, H, W) -> same."""
+    n, c, h, w = x.shape
+    pad = h // 8
+    padded = F.pad(x, (pad, pad, pad, pad))
+    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), device=x.device)
+    rows = (top + torch.arange(h, device=x.device))[:, None, :, None]  # (N, 1, H, 1)
+    cols = (left + torch.arange(w, device=x.device))[:, None, None, :]  # (N, 1, 1, W)
+    examples = torch.arange(n, device=x.device)[:, None, None, None]
+    x = padded[examples, torch.arange(c, device=x.device)[:, None, None], rows, cols]
+    if kind == "crop_flip":
+        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+    return x
+
+
+def _batches(x, y, recipe):
+    """One shuffled pass over uint8 images on the device, as float batches. A last batch of one image is left out."""
+    for index in torch.randperm(len(x), device=x.device).split(recipe.batch_size):
+        if len(index) > 1:  # batch statistics of one image would be an error
+            batch = to_unit(x[index])
+            yield (batch if recipe.augment == "none" else augment(batch, recipe.augment)), y[index]
+
+
+class Autocast(torch.nn.Module):
+    """The model with its forward pass in a lower precision; logits in float32."""
+
+    def __init__(self, model, dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, self.dtype):
+            return self.model(x).float()
+
+
+def _epoch(model, x, y, optimizer, scaler, recipe, lr_at):
+    """Train for one pass; yields (summed loss, number correct, number seen) after each optimiser step."""
+    dtype, state = PRECISIONS[recipe.precision], {}
+    net = model if dtype == torch.float32 else Autocast(model, dtype)
+    net.train()
+    for xb, yb in _batches(x, y, recipe):
+        for x_adv in METHODS[recipe.method](net, xb, yb, recipe, state):
+            lr = lr_at()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            logits = net(x_adv)
+            loss = F.cross_entropy(logits, yb)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            yield loss.detach() * len(yb), (logits.detach().argmax(1) == yb).sum(), len(yb)
+
+
+def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=None, save=None):
+    """Train ``model`` in place.
+
+    Every epoch starts from its own seed, (seed, epoch), so a run that was stopped and resumed draws the same
+    numbers as one that was not. The global generators are left as they were.
+
+    Parameters
+    ----------
+    data : Data
+    recipe : Recipe
+    resume : dict, optional
+        A state that ``save`` was given.
+    save : callable, optional
+        Called after each epoch with the whole state: model, optimiser, epoch, history.
+
+    Returns
+    -------
+    DataFrame
+        One row an epoch: epoch, lr (its last), loss, accuracy (on the perturbed batches), seconds, cpu_seconds, and
+        clean, pgd where the recipe tracks them. If a loss is not finite, training stops: the weights are those of
+        the last good epoch and the last row's loss is what it was.
+    """
+    model.to(device)
+    x, y = data.x_train.to(device), data.y_train.to(device)
+    optimizer = _optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.precision == "float16")
+    history, epochs = [], recipe.epochs
+    if recipe.method == "free":
+        epochs = max(1, round(epochs / recipe.replays)) if epochs else 0
+    if resume:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        scaler.load_state_dict(resume["scaler"])
+        history = list(resume["history"])
+    batches = len(x) // recipe.batch_size + (len(x) % recipe.batch_size > 1)
+    total = epochs * batches * (recipe.replays if recipe.method == "free" else 1)
+    step = len(history) * (total // max(epochs, 1))
+    lr = recipe.lr[1]
+
+    def lr_at():
+        nonlocal step, lr
+        step += 1
+        if recipe.schedule == "triangular":
+            lr = triangular(step - 0.5, total, *recipe.lr, recipe.peak)
+        return lr
+
+    bar = tqdm(total=epochs, initial=len(history), unit="epoch", leave=False, disable=not progress)
+    while len(history) < epochs and (not history or pd.notna(history[-1]["loss"])):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        wall, cpu, sums = time.perf_counter(), time.process_time(), [0, 0, 0]
+        with torch.random.fork_rng():
+            torch.manual_seed(1_000_003 * seed + len(history))
+            for values in _epoch(model, x, y, optimizer, scaler, recipe, lr_at):
+                sums = [a + b for a, b in zip(sums, values, strict=True)]
+        loss = float(sums[0]) / sums[2]
+        row = {"epoch": len(history) + 1, "lr": lr, "loss": loss, "accuracy": int(sums[1]) / sums[2]}
+        row |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        if not torch.isfinite(torch.tensor(loss)):
+            model.load_state_dict(before)
+            row["loss"] = float("nan")
+        if recipe.track:
+            row |= _tracked(model, data, recipe)
+        history.append(row)
+        if save:
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save(states | {"history": history})
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['accuracy']:.3f}")
+    bar.close()
+    model.eval()
+    return pd.DataFrame(history)
+
+
+def _tracked(model, data, recipe):
+    attack = lambda m, x, y: pgd(m, x, y, eps=recipe.eps, steps=10)  # noqa: E731
+    return {
+        "clean": clean_accuracy(model, data, n=recipe.track).rate,
+        "pgd": robust_accuracy(model, data, attack, n=recipe.track).rate,
+    }
+
+
+def range_test(model, data, recipe, *, low=1e-4, high=10.0, steps=100, seed=0, device="cpu"):
+    """Learning-rate range test: train while the rate grows geometrically, and record the loss of each step.
+
+    Parameters
+    ----------
+    model : Module
+        Trained in place: give a fresh one.
+    recipe : Recipe
+        Its method, batch size and optimiser are used; its rates are not.
+
+    Returns
+    -------
+    DataFrame
+        lr, loss (of the step), smooth (exponential mean, bias-corrected). Stops when smooth exceeds 4x its minimum.
+
+    Source: Smith, WACV 2017, arXiv:1506.01186.
+    """
+    model.to(device)
+    x, y = data.x_train.to(device), data.y_train.to(device)
+    optimizer = _optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=False)
+    rows, mean, best = [], 0.0, float("inf")
+
+    def rate():
+        return low * (high / low) ** (len(rows) / (steps - 1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while True:
+            for loss_sum, _, n in _epoch(model, x, y, optimizer, scaler, recipe, rate):
+                mean = 0.9 * mean + 0.1 * float(loss_sum) / n
+                smooth = mean / (1 - 0.9 ** (len(rows) + 1))
+                rows.append({"lr": rate(), "loss": float(loss_sum) / n, "smooth": smooth})
+                best = min(best, smooth)
+                if len(rows) == steps or not smooth < 4 * best:
+                    return pd.DataFrame(rows)
