@@ -9,7 +9,7 @@ Table of contents, in the order of the story:
     profiles, figures, notebooks          sizes, pictures, running it all
 """
 
-from . import attacks, evaluate, figures, models, notebooks, training
+from . import attacks, evaluate, figures, models, notebooks, paths, training
 from .activations import ACTIVATIONS, activation
 from .data import Data, load_data
 from .experiments import Evaluation, Experiment, history, load, run
@@ -21,6 +21,6 @@ from .training import Recipe, fit
 
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
-    "activation", "attacks", "evaluate", "figures", "fit", "history", "load", "load_data", "models", "notebooks", "run",
-    "training",
+    "activation", "attacks", "evaluate", "figures", "fit", "history", "load", "load_data", "models", "notebooks",
+    "paths", "run", "training",
 ]  # fmt: skip

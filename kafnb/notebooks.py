@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from .figures import update_manifest
+from .figures import read_manifest, update_manifest
 from .paths import home, write_atomically
 
 # notebook -> (section of the thesis, title); the map in README and notebook 00 is drawn from this
@@ -35,6 +35,18 @@ PROGRAMME = {
     "17_errata": ("all", "Errata, measured"),
     "18_conclusions": ("7", "Conclusions: every claim and its verdict"),
 }
+
+
+def measured(name, profile):
+    """Last measured running times of a notebook in words, from the manifest of its figures."""
+    entry = read_manifest(home() / "figures" / profile).get("notebooks", {}).get(name, {})
+    kinds = {"seconds_from_nothing": "training included", "seconds": "with trained models in the store"}
+    times = [f"{entry[kind]} s {words}" for kind, words in kinds.items() if kind in entry]
+    return (
+        f"{', '.join(times)} ({entry['jobs']} notebooks at a time, {entry['cores']} cores)"
+        if times
+        else "not yet measured"
+    )
 
 
 def available():
@@ -137,9 +149,11 @@ def keep_outputs(name, profile="quick"):
     executed = json.loads((home() / "runs" / profile / f"{name}.ipynb").read_text())
     path = home() / "notebooks" / f"{name}.ipynb"
     notebook = json.loads(path.read_text())
-    outputs = {c["id"]: c for c in executed["cells"]}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            done = outputs[cell["id"]]
-            cell["outputs"], cell["execution_count"] = done["outputs"], done["execution_count"]
+    outputs = {c["id"]: c.get("outputs") for c in executed["cells"]}
+    # counted anew: the cell in which papermill sets the parameters is not there
+    for count, cell in enumerate((c for c in notebook["cells"] if c["cell_type"] == "code"), start=1):
+        cell["outputs"], cell["execution_count"] = outputs[cell["id"]], count
+        for output in cell["outputs"]:
+            if "execution_count" in output:
+                output["execution_count"] = count
     write_atomically(path, lambda p: p.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))

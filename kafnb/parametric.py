@@ -79,7 +79,7 @@ class SAF(nn.Module):
         low_slope = _shaped((v[:, 2] - v[:, 0]) / (2 * spacing), x)
         high_slope = _shaped((v[:, -1] - v[:, -3]) / (2 * spacing), x)
         beyond = x - inside
-        return cubic + torch.where(beyond < 0, low_slope, high_slope) * beyond
+        return cubic + torch.where(x < 0, low_slope, high_slope) * beyond
 
 
 class Maxout(nn.Module):

@@ -9,6 +9,7 @@ import torch
 
 from . import experiments, figures
 from .data import load_data
+from .notebooks import measured
 from .paths import home
 from .training import Recipe
 
@@ -25,6 +26,8 @@ class Profile:
         Radius of the L-inf ball, pixel units.
     epochs : dict
         Model name -> epochs.
+    lr : float
+        Highest learning rate, where a notebook names none.
     images : int or None
         Test images that attacks are scored on; None for all.
     steps, restarts : int
@@ -37,6 +40,8 @@ class Profile:
     data: str
     eps: float
     epochs: dict
+    batch_size: int
+    lr: float
     images: int | None
     steps: int
     restarts: int
@@ -50,14 +55,15 @@ class Profile:
         """2/255 for eps 8/255, as the thesis; the same share of eps elsewhere."""
         return self.eps / 4
 
-    def recipe(self, model, method="fgsm_rs", lr=0.1, **changes):
+    def recipe(self, model, method="fgsm_rs", lr=None, **changes):
         """The thesis' recipe for a model in this profile, with the named fields changed.
 
-        SGD without momentum, batch 128, one-cycle triangular rate from ``lr`` / 100 up to ``lr``.
+        SGD without momentum, one-cycle triangular rate from ``lr`` / 100 up to ``lr``.
         """
+        lr = self.lr if lr is None else lr
         epochs = self.epochs["resnet" if model.startswith("resnet") else model]
         defaults = dict(
-            method=method, epochs=epochs, eps=self.eps, lr=(lr / 100, lr),
+            method=method, epochs=epochs, eps=self.eps, lr=(lr / 100, lr), batch_size=self.batch_size,
             augment=self.augment if model.startswith("resnet") else "none", precision=self.precision,
         )  # fmt: skip
         return Recipe(**defaults | changes)
@@ -72,15 +78,18 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(
-        "quick", data="digits", eps=0.1, epochs={"mlp": 20, "light_cnn": 15, "vgg": 15, "resnet": 15},
-        images=360, steps=20, restarts=2, seeds=1, augment="none", precision="float32",
+        "quick", data="digits", eps=0.1, epochs={"mlp": 40, "light_cnn": 18, "vgg": 18, "resnet": 18},
+        batch_size=64, lr=0.5,
+        images=360, steps=10, restarts=2, seeds=1, augment="none", precision="float32",
     ),
     "small": Profile(
         "small", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 12, "resnet": 12},
+        batch_size=128, lr=0.1,
         images=1000, steps=50, restarts=2, seeds=1, augment="crop_flip", precision="float32",
     ),
     "paper": Profile(
         "paper", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 60, "resnet": 80},
+        batch_size=128, lr=0.1,
         images=None, steps=50, restarts=10, seeds=3, augment="crop_flip", precision="bfloat16", needs_gpu=True,
     ),
 }  # fmt: skip
@@ -169,5 +178,6 @@ class Session:
         return (
             f"profile {self.profile.name}: {self.data.name}, {len(self.data.x_train)} training images of "
             f"{self.data.in_channels}x{self.data.image_size}x{self.data.image_size}; attacks scored on {n} test "
-            f"images; eps {self.profile.eps:.4g}; seed {self.seed}"
+            f"images; eps {self.profile.eps:.4g}; seed {self.seed}\n"
+            f"running time: {measured(self.notebook, self.profile.name)}"
         )

@@ -122,6 +122,11 @@ OPTIMIZERS = {
 }
 
 
+def epochs_of(recipe):
+    """Passes over the data: the recipe's epochs, for "free" divided by its replays."""
+    return -(-recipe.epochs // recipe.replays) if recipe.method == "free" else recipe.epochs
+
+
 def triangular(step, total, low, high, peak=0.5):
     """Learning rate of a one-cycle triangle at ``step`` of ``total``: low, up to high at ``peak``, back to low."""
     top = peak * total
@@ -221,9 +226,7 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
     x, y = data.x_train.to(device), data.y_train.to(device)
     optimizer = _optimizer(model, recipe)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.precision == "float16")
-    history, epochs = [], recipe.epochs
-    if recipe.method == "free":
-        epochs = max(1, round(epochs / recipe.replays)) if epochs else 0
+    history, epochs = [], epochs_of(recipe)
     if resume:
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])

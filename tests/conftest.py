@@ -1,0 +1,37 @@
+"""Shared by all tests: one thread, a small data set, small networks."""
+
+import pytest
+import torch
+
+import kafnb
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return kafnb.load_data("digits")
+
+
+@pytest.fixture
+def tiny(digits):
+    """The first 200 training and 60 test digits."""
+    import dataclasses
+
+    cut = dict(x_train=digits.x_train[:200], y_train=digits.y_train[:200])
+    return dataclasses.replace(digits, **cut, x_test=digits.x_test[:60], y_test=digits.y_test[:60])
+
+
+@pytest.fixture
+def net():
+    """A convolutional network in eval mode, float64, for 8x8 grey images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kafnb.models.light_cnn("swish", in_channels=1, image_size=8).double().eval()
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(13, 1, 8, 8, dtype=torch.float64, generator=generator)
+    return x, torch.randint(0, 10, (13,), generator=generator)

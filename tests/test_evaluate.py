@@ -1,0 +1,84 @@
+"""Scores, intervals, the two label protocols."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from kafnb import attacks, evaluate, models
+
+
+def test_wilson_by_its_formula():
+    for k, n in ((0, 10), (3, 10), (10, 10), (461, 1000)):
+        z, p = norm.ppf(0.975), k / n
+        middle, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        low, high = evaluate.wilson(k, n)
+        assert low == pytest.approx(max(0, (middle - half) / (1 + z * z / n)), abs=1e-9)
+        assert high == pytest.approx((middle + half) / (1 + z * z / n), abs=1e-9)
+
+
+class Table(torch.nn.Module):
+    """Answers by the first pixel: image i of ten has pixel i / 10; an attack may move it."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = torch.nn.Parameter(torch.tensor(answers, dtype=torch.float32))
+
+    def forward(self, x):
+        i = (x[:, 0, 0, 0] * 10).round().long()
+        return torch.nn.functional.one_hot(self.answers[i].long(), 10).float() + 0 * x.sum()
+
+
+def test_the_two_protocols_by_hand():
+    x = (torch.arange(4) / 10).view(4, 1, 1, 1).expand(4, 1, 2, 2).clone()
+    y = torch.tensor([0, 0, 0, 0])
+    model = Table([0, 1, 0, 2, 0])  # right, wrong, right, wrong; the attack moves image i to i + 1
+    told = []
+
+    def move(model, x, y):
+        told.append(y.tolist())
+        return x + 0.1
+
+    true = evaluate.robust_accuracy(model, (x, y), move, "true")
+    assert true.correct.tolist() == [False, False, False, False] and told == [[0, 0]]  # only the right ones attacked
+    told.clear()
+    predicted = evaluate.robust_accuracy(model, (x, y), move, "predicted")
+    # images 1 and 3 were wrong and land on the right answer: that is the inflation
+    assert predicted.correct.tolist() == [False, True, False, True] and told == [[0, 1, 0, 2]]
+    assert evaluate.clean_accuracy(model, (x, y)).correct.tolist() == [True, False, True, False]
+    assert "predicted labels" in str(predicted) and "true labels" in str(true)
+
+
+def test_seeded_repeatable_and_no_trace(digits):
+    model = models.light_cnn("relu", in_channels=1, image_size=8).train()
+    attack = functools.partial(attacks.pgd, eps=0.1, steps=2)
+    state, before = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    a, b = (evaluate.robust_accuracy(model, digits, attack, n=50, seed=3) for _ in range(2))
+    assert np.array_equal(a.correct, b.correct) and a.n == 50
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_odd_last_batch_changes_nothing(digits):
+    model = models.light_cnn("relu", in_channels=1, image_size=8).eval()
+    attack = functools.partial(attacks.pgd, eps=0.1, steps=3, random_start=False)
+    scores = [evaluate.robust_accuracy(model, digits, attack, n=53, batch_size=b).correct for b in (53, 7, 52, 1)]
+    assert all(np.array_equal(scores[0], s) for s in scores)
+
+
+def test_never_above_clean(digits):
+    model = models.mlp()
+    attack = functools.partial(attacks.fgsm, eps=0.05)
+    assert not (
+        evaluate.robust_accuracy(model, digits, attack).correct & ~evaluate.clean_accuracy(model, digits).correct
+    ).any()
+
+
+def test_bad_input(digits):
+    model = models.mlp()
+    with pytest.raises(ValueError, match="labels must be"):
+        evaluate.robust_accuracy(model, digits, attacks.fgsm, "guessed")
+    with pytest.raises(ValueError, match="at least one"):
+        evaluate.clean_accuracy(model, (torch.rand(0, 1, 8, 8), torch.zeros(0).long()))

@@ -1,0 +1,150 @@
+"""Experiments and their store: keys, train or load, resume, damage, two processes."""
+
+import dataclasses
+import json
+import multiprocessing
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kafnb
+from kafnb import Evaluation, Experiment, Recipe, experiments
+from kafnb.store import Folder
+
+QUICK = Recipe("fgsm_rs", epochs=3, lr=(0.003, 0.3), eps=0.1)
+MLP = Experiment("digits", "mlp", "kaf_elu", QUICK, 0, {"hidden": (16,)})
+PGD = Evaluation("pgd", eps=0.1, steps=2, n=30)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "results"
+
+
+def folder_of(store, experiment=MLP):
+    return store / experiment.name
+
+
+def test_key_depends_on_what_matters_only():
+    assert dataclasses.replace(MLP).key == MLP.key
+    assert Experiment("digits", "mlp", "kaf_elu", QUICK, 0, (("hidden", (16,)),)).key == MLP.key
+    for change in (
+        dict(seed=1),
+        dict(activation="kaf"),
+        dict(recipe=dataclasses.replace(QUICK, eps=0.2)),
+        dict(options=()),
+    ):
+        assert dataclasses.replace(MLP, **change).key != MLP.key
+    # defaults are left out, so a field added later changes no key; this one is frozen
+    assert Experiment().key == "44136fa355"
+    assert Experiment("folder:/a/tree").key == Experiment("folder:/b/tree").key != Experiment("folder:/b/other").key
+
+
+def test_train_once_then_load(store, monkeypatch):
+    first = kafnb.run(MLP, [PGD], store=store)
+    monkeypatch.setattr(experiments, "fit", None)  # a second training would now be an error
+    monkeypatch.setattr(experiments, "robust_accuracy", None)
+    second = kafnb.run(MLP, [PGD], store=store)
+    assert first.drop(columns="correct").equals(second.drop(columns="correct"))
+    assert all(np.array_equal(a, b) for a, b in zip(first.correct, second.correct, strict=True))
+    assert first.metric.tolist() == ["clean", "PGD-2-1 (true labels)"] and first.n.tolist() == [360, 30]
+    model = kafnb.load(MLP, store=store)
+    assert not model.training
+    assert kafnb.evaluate.clean_accuracy(model, kafnb.load_data("digits")).rate == first.rate[0]
+    assert len(kafnb.history(MLP, store=store)) == 3
+
+
+def test_folder_is_readable_and_checks_with_standard_tools(store):
+    kafnb.run(MLP, [PGD], store=store)
+    names = sorted(p.name for p in folder_of(store).iterdir())
+    assert [n.split("-")[0] for n in names] == [
+        "SHA256SUMS", "evaluation", "evaluation", "experiment.json", "history.csv", "weights.safetensors"
+    ]  # fmt: skip
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder_of(store), check=True)
+    record = json.loads((folder_of(store) / "experiment.json").read_text())
+    assert record["experiment"]["activation"] == "kaf_elu" and record["kafnb"] == kafnb.__version__
+    assert "alpha" in "".join(load_file(folder_of(store) / "weights.safetensors"))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_interrupted_training_resumes_to_the_same_weights(store, tmp_path, monkeypatch):
+    kafnb.run(MLP, store=tmp_path / "whole")
+    write = Folder.write_checkpoint
+
+    def stop_after_second(self, state):
+        write(self, state)
+        if len(state["history"]) == 2:
+            raise Stop
+
+    monkeypatch.setattr(Folder, "write_checkpoint", stop_after_second)
+    with pytest.raises(Stop):
+        kafnb.run(MLP, store=store)
+    assert [p.name for p in folder_of(store).glob("checkpoint*")] == ["checkpoint-00002.pt"]
+    monkeypatch.setattr(Folder, "write_checkpoint", write)
+    kafnb.run(MLP, store=store)
+    a, b = (load_file(s / MLP.name / "weights.safetensors") for s in (store, tmp_path / "whole"))
+    assert all(torch.equal(a[k], b[k]) for k in b) and not list(folder_of(store).glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "history.csv", "experiment.json"])
+def test_a_flipped_bit_is_found_moved_aside_and_computed_again(store, name):
+    before = kafnb.run(MLP, store=store)
+    path = folder_of(store) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="checksum"):
+        after = kafnb.run(MLP, store=store)
+    assert after.rate.equals(before.rate) and (folder_of(store) / f"{name}.damaged").read_bytes() == content
+    assert Folder(folder_of(store)).has(name)
+
+
+def test_a_result_from_other_data_is_refused(store, tmp_path):
+    from PIL import Image
+
+    def tree(folder, shade):
+        for part in ("train", "test"):
+            for c in range(2):
+                (folder / part / str(c)).mkdir(parents=True)
+                for i in range(4):
+                    Image.new("RGB", (8, 8), (shade + 100 * c, i, 0)).save(folder / part / str(c) / f"{i}.png")
+        return folder
+
+    spec = [f"folder:{tree(tmp_path / where / 'tree', shade)}" for where, shade in (("a", 0), ("b", 50))]
+    experiment = Experiment(spec[0], "mlp", recipe=QUICK)
+    kafnb.run(experiment, store=store)
+    with pytest.raises(ValueError, match="other data"):
+        kafnb.run(dataclasses.replace(experiment, data=spec[1]), store=store)
+
+
+def _train(store):
+    torch.set_num_threads(1)
+    return kafnb.run(MLP, store=store).rate[0], kafnb.history(MLP, store=store).seconds.tolist()
+
+
+def test_two_processes_train_once(store):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(_train, [store, store])
+    assert first == second  # the recorded seconds differ if it was trained twice
+
+
+def test_diverged_training_is_a_result(store):
+    bad = dataclasses.replace(MLP, activation="relu", recipe=Recipe(epochs=4, lr=(1e30, 1e30)))
+    table = kafnb.run(bad, store=store)
+    assert 0 <= table.rate[0] <= 1 and np.isnan(kafnb.history(bad, store=store).loss.iloc[-1])
+
+
+def test_bad_names_are_refused_before_anything_is_written(store):
+    with pytest.raises(ValueError, match="did you mean 'kaf_elu'"):
+        kafnb.run(dataclasses.replace(MLP, activation="kaf_eul"), store=store)
+    assert not folder_of(store).exists()
+    with pytest.raises(ValueError, match="attack"):
+        Evaluation("pdg")
+    with pytest.raises(FileNotFoundError, match="run it first"):
+        kafnb.history(dataclasses.replace(MLP, seed=99), store=store)

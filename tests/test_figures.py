@@ -1,0 +1,51 @@
+"""Figures: picture, numbers and provenance together."""
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from kafnb import ACTIVATIONS, figures
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def figure():
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots()
+    ax.plot([1, 2])
+    yield figure
+    plt.close(figure)
+
+
+def test_save_writes_picture_numbers_and_manifest(figure, tmp_path):
+    table = pd.DataFrame({"x": [1, 2], "y": [0.1, 0.2]})
+    for seed in (0, 1):
+        figures.save_figure(figure, "06_a", table, tmp_path, seed=seed, commit="abc")
+    figures.save_figure(figure, "14_b", table, tmp_path, seed=0, commit="abc")
+    assert (tmp_path / "06_a.png").read_bytes().startswith(b"\x89PNG")
+    assert pd.read_csv(tmp_path / "06_a.csv").equals(table)
+    manifest = figures.read_manifest(tmp_path)
+    assert manifest["figures"] == {"06_a": {"seed": 1, "commit": "abc"}, "14_b": {"seed": 0, "commit": "abc"}}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_same_figure_same_bytes(figure, tmp_path):
+    table = pd.DataFrame({"x": [1]})
+    for name in ("a", "b"):
+        figures.save_figure(figure, name, table, tmp_path)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_no_figure_without_its_numbers(figure, tmp_path):
+    for table in (None, pd.DataFrame()):
+        with pytest.raises(ValueError, match="numbers"):
+            figures.save_figure(figure, "a", table, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_activation_has_its_own_look():
+    named = set(ACTIVATIONS) - {"identity"}
+    assert named <= set(figures.STYLES) and named <= set(figures.LABELS)
+    assert len({figures.STYLES[n] for n in named}) == len(named)

@@ -1,0 +1,201 @@
+"""KAFs against the formula written out in float64, and against finite differences."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kafnb import KAF
+from kafnb.kaf import RIDGE_TARGETS, default_bandwidth, gram, ridge_coefficients
+from kafnb.mixture import grid_mixture, mixture
+
+
+def reference(x, alpha, dictionary, gamma):
+    """The (x, D) tensor that the package never builds."""
+    shape = (1, -1) + (1,) * (x.ndim - 2) + (alpha.shape[1],)
+    d = dictionary.reshape(1, dictionary.shape[0], *shape[2:])
+    g = gamma.reshape(1, -1, *[1] * (x.ndim - 1))
+    return (alpha.reshape(shape) * torch.exp(-g * (x[..., None] - d) ** 2)).sum(-1)
+
+
+def exact(kaf):
+    """float64 copies of a float32 KAF's coefficients and of its exact grid and bandwidth."""
+    points = torch.linspace(-kaf.boundary, kaf.boundary, kaf.dictionary_size, dtype=torch.float64)
+    return kaf.alpha.detach().double(), points[None], torch.tensor([kaf.grid.gamma], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 20, 37, 64, 100, 256])
+@pytest.mark.parametrize("boundary", [0.5, 3.0, 10.0])
+@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
+def test_float32_value_and_gradients_near_float64(size, boundary, scale):
+    torch.manual_seed(size)
+    kaf = KAF(3, size, boundary, bandwidth=scale * default_bandwidth(size, boundary))
+    kaf.alpha.data.normal_()
+    x = (torch.randn(40, 3, 5, 2) * boundary / 2).requires_grad_()
+    g = torch.randn(40, 3, 5, 2)
+    y = kaf(x)
+    dx, dalpha = torch.autograd.grad(y, (x, kaf.alpha), g)
+    alpha, d, gamma = (v.requires_grad_() for v in exact(kaf))
+    x64 = x.detach().double().requires_grad_()
+    want = reference(x64, alpha, d, gamma)
+    want_dx, want_dalpha = torch.autograd.grad(want, (x64, alpha), g.double())
+    assert (y - want).abs().max() < 2e-6 * alpha.abs().sum(1).max()
+    assert (dx - want_dx).abs().max() < 1e-5 * want_dx.abs().max()
+    assert (dalpha - want_dalpha).abs().max() < 1e-5 * want_dalpha.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 7), (2, 3, 4, 4), (2, 3, 2, 2, 3), (0, 3, 4, 4), (1, 3, 1, 1)])
+def test_any_rank_and_empty_batch(shape):
+    kaf = KAF(3).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    y = kaf(x)
+    assert y.shape == x.shape
+    if x.numel():
+        assert torch.allclose(y, reference(x, *exact(kaf)), atol=1e-12)
+
+
+def test_channels_last_and_slices_give_the_same():
+    kaf, x = KAF(4), torch.randn(3, 8, 6, 6)[:, ::2]
+    want = kaf(x.contiguous())
+    assert torch.equal(kaf(x), want)
+    assert torch.equal(kaf(x.contiguous(memory_format=torch.channels_last)), want)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_gradients_against_finite_differences(trainable):
+    kaf = KAF(2, 6, trainable_dictionary=trainable).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*kaf.named_parameters(), strict=True)
+
+    def f(x, *values):
+        return torch.func.functional_call(kaf, dict(zip(names, values, strict=True)), x)
+
+    assert torch.autograd.gradcheck(f, (x, *values))
+    assert torch.autograd.gradgradcheck(f, (x, *values))
+
+
+def test_both_evaluations_agree():
+    kaf = KAF(3, 20).double()
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    alpha, d, gamma = exact(kaf)
+    assert torch.allclose(grid_mixture(x, alpha, kaf.grid), mixture(x, alpha, d, gamma), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tails_are_exact_zeros_with_zero_gradients(dtype):
+    kaf, top = KAF(1), torch.finfo(dtype).max
+    x = torch.tensor([[-top], [top], [-60000.0], [100.0], [-30.0]], dtype=dtype).requires_grad_()
+    y = kaf(x)
+    y.sum().backward()
+    assert (y == 0).all() and (x.grad == 0).all() and kaf.alpha.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_rounded(dtype):
+    kaf, x = KAF(2, init="relu"), torch.randn(50, 2).to(dtype)
+    assert kaf(x).dtype == dtype
+    assert torch.equal(kaf(x), kaf(x.float()).to(dtype))
+
+
+def test_ridge_follows_its_target():
+    x = torch.linspace(-3, 3, 200)[:, None]
+    for name, target in RIDGE_TARGETS.items():
+        error = (KAF(1, init=name)(x) - target(x)).abs().max()
+        assert error < (0.08 if name == "relu" else 0.02), (name, error)
+    assert torch.allclose(KAF(1, init=torch.sin)(x), torch.sin(x), atol=0.01)
+
+
+def test_ridge_coefficients_solve_their_system():
+    d = torch.linspace(-3, 3, 20, dtype=torch.float64)
+    gamma = default_bandwidth(20, 3.0)
+    alpha = ridge_coefficients(torch.relu, d, gamma, eps=1e-3)
+    left = (gram(d, gamma) + 1e-3 * torch.eye(20, dtype=torch.float64)) @ alpha
+    assert torch.allclose(left, torch.relu(d), atol=1e-12)
+    assert ridge_coefficients(torch.relu, d, gamma).abs().max() > 50 > 10 > alpha.abs().max()
+
+
+def test_default_bandwidth_is_the_papers_rule():
+    spacing = 6 / 19
+    assert KAF(1).bandwidth.item() == pytest.approx(1 / (6 * spacing**2), rel=1e-6)
+
+
+def test_free_kaf_learns_dictionary_and_bandwidth_and_stays_positive():
+    kaf = KAF(2, trainable_dictionary=True)
+    assert {n for n, _ in kaf.named_parameters()} == {"alpha", "dictionary", "log_bandwidth"}
+    optimizer = torch.optim.SGD(kaf.parameters(), lr=100.0)
+    kaf(torch.randn(64, 2)).square().sum().backward()
+    before = kaf.dictionary.clone()
+    optimizer.step()
+    assert (kaf.bandwidth >= 0).all() and not torch.equal(before, kaf.dictionary)
+
+
+def test_state_deepcopy_and_autocast():
+    kaf = KAF(3, init="elu")
+    buffer = io.BytesIO()
+    torch.save(kaf.state_dict(), buffer)
+    buffer.seek(0)
+    other = KAF(3)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    x = torch.randn(4, 3)
+    assert torch.equal(kaf(x), other(x)) and torch.equal(copy.deepcopy(kaf)(x), kaf(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kaf(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_memory_is_not_the_dictionarys(monkeypatch):
+    """The largest allocation of a forward and backward pass stays far below x times D."""
+    kaf, x = KAF(16, 64), torch.randn(64, 16, 16, 16, requires_grad=True)
+    from torch.profiler import ProfilerActivity, profile
+
+    kaf(x).sum().backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        kaf(x).sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in p.key_averages())
+    assert largest < 64 * x.numel() * 4 / 4
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 60), st.floats(0.1, 20), st.floats(0.05, 20), st.floats(-50, 50, allow_nan=False), st.integers(0, 9)
+)
+def test_any_grid_any_input(size, boundary, scale, centre, seed):
+    generator = torch.Generator().manual_seed(seed)
+    kaf = KAF(2, size, boundary, bandwidth=scale * default_bandwidth(size, boundary)).double()
+    kaf.alpha.data.normal_(generator=generator)
+    x = centre + boundary * torch.randn(9, 2, dtype=torch.float64, generator=generator)
+    want = reference(x, *exact(kaf))
+    assert (kaf(x) - want).abs().max() <= 1e-11 * kaf.alpha.abs().sum()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [dict(channels=0), dict(channels=2, dictionary_size=1), dict(channels=2, boundary=0), dict(channels=2, boundary=math.inf),
+     dict(channels=2, kernel="poly"), dict(channels=2, init="rleu"), dict(channels=2, bandwidth=-1.0)],
+)  # fmt: skip
+def test_bad_arguments_get_one_line(arguments):
+    with pytest.raises(ValueError) as error:
+        KAF(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_channels_get_one_line():
+    with pytest.raises(ValueError, match="needs"):
+        KAF(3)(torch.randn(2, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_equals_cpu():
+    kaf, x = KAF(16), torch.randn(8, 16, 8, 8)
+    g = torch.randn_like(x)
+    results = []
+    for device in ("cpu", "cuda"):
+        k, v = copy.deepcopy(kaf).to(device), x.to(device).requires_grad_()
+        y = k(v)
+        results.append([t.cpu() for t in (y, *torch.autograd.grad(y, (v, k.alpha), g.to(device)))])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())

@@ -1,0 +1,77 @@
+"""What the README says is so."""
+
+import re
+import shutil
+import subprocess
+
+import kafnb
+from kafnb.notebooks import PROGRAMME, available
+from kafnb.paths import home
+
+README = (home() / "README.md").read_text()
+
+
+def test_the_map_is_the_programme():
+    rows = re.findall(r"(?m)^\| (\d\d_\w+) \| (.*?) ?\| (.*?) \| (ready|to come) \|$", README)
+    want = [(n, s, t, "ready" if n in available() else "to come") for n, (s, t) in PROGRAMME.items()]
+    assert rows == want
+
+
+def test_the_count_in_the_status_is_right():
+    words = ["No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten"]
+    count = len(available())
+    assert f"{words[count] if count < len(words) else count} of nineteen notebooks" in README
+
+
+def test_ten_lines_run(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.setenv("KAFNB_HOME", str(tmp_path))
+    monkeypatch.setattr("kafnb.activations.ACTIVATIONS", kafnb.ACTIVATIONS)
+    try:
+        exec(code, {})
+        assert "PGD-10-1 (true labels)" in capsys.readouterr().out
+        body = [line for line in code.split("class")[1].splitlines() if line.strip()]
+        assert len(body) <= 10
+    finally:
+        kafnb.ACTIVATIONS.pop("cube", None)
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (home() / target).exists(), target
+
+
+def test_commands_exist():
+    makefile = (home() / "Makefile").read_text()
+    for target in set(re.findall(r"(?m)^make (\w+)|`make (\w+)`", README)):
+        name = "".join(target)
+        assert re.search(rf"(?m)^{name}:", makefile), name
+
+
+def test_ci_runs_exactly_the_test_command():
+    lines = (home() / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith("#") and not line.startswith("set ")] == [
+        "make test"
+    ]
+
+
+def test_no_data_or_results_in_git():
+    if not shutil.which("git") or not (home() / ".git").exists():
+        return
+    files = subprocess.run(["git", "ls-files"], cwd=home(), capture_output=True, text=True).stdout.split("\n")
+    assert not [f for f in files if f.split("/")[0] in ("data", "results", "runs", ".venv")]
+
+
+def test_one_dependency_list():
+    names = [
+        re.split(r"[<>=]", line)[0]
+        for line in (home() / "requirements.txt").read_text().splitlines()
+        if line[:1].isalpha()
+    ]
+    assert "-r requirements.txt" in (home() / "environment.yml").read_text()
+    assert 'file = ["requirements.txt"]' in (home() / "pyproject.toml").read_text()
+    pinned = {
+        line.split("==")[0].lower() for line in (home() / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    assert {n.lower() for n in names} <= pinned
