@@ -11,7 +11,9 @@ import math
 import torch
 from torch import nn
 
-from .mixture import Grid, grid_mixture, mixture
+from .grid import Grid, points
+from .kernels import KERNELS, default_bandwidth, ridge_coefficients, second_moment
+from .mixture import grid_mixture, mixture
 
 DEFAULT_INIT_STD = 0.05  # Keras' RandomNormal default, which the thesis used for alpha
 
@@ -21,43 +23,6 @@ RIDGE_TARGETS = {
     "swish": nn.functional.silu,
     "tanh": torch.tanh,
 }
-
-
-def default_bandwidth(dictionary_size, boundary):
-    r"""Rule of thumb of the Kafnets paper (sec. 3.2), :math:`\gamma = 1 / (6 \Delta^2)`, Delta the grid's spacing."""
-    spacing = 2 * boundary / (dictionary_size - 1)
-    return 1 / (6 * spacing**2)
-
-
-def gram(dictionary, bandwidth):
-    """Kernel matrix of the dictionary with itself, (D,) -> (D, D)."""
-    return torch.exp(-bandwidth * (dictionary[:, None] - dictionary[None, :]) ** 2)
-
-
-def ridge_coefficients(target, dictionary, bandwidth, eps=1e-6):
-    r"""Coefficients that make a KAF follow ``target`` at its dictionary points.
-
-    .. math:: \alpha = (K + \varepsilon I)^{-1} t, \qquad t_i = \mathrm{target}(d_i)
-
-    Parameters
-    ----------
-    target : callable
-        Element-wise function on tensors.
-    dictionary : Tensor, shape (D,)
-    bandwidth : float
-    eps : float
-        Ridge term. 1e-6 (the paper) gives an exact fit and coefficients near 70 for ReLU at D = 20;
-        1e-3 keeps them under 10, which float16 needs.
-
-    Returns
-    -------
-    Tensor, shape (D,), float64
-    """
-    dictionary = dictionary.detach().double()
-    matrix = gram(dictionary, bandwidth) + eps * torch.eye(
-        len(dictionary), dtype=torch.float64, device=dictionary.device
-    )
-    return torch.linalg.solve(matrix, target(dictionary))
 
 
 class KAF(nn.Module):
@@ -71,11 +36,13 @@ class KAF(nn.Module):
         D >= 2 points, evenly spaced over [-boundary, boundary].
     boundary : float
         Half width of the dictionary, > 0.
-    kernel : str
-        "gaussian".
+    kernel : str or tuple of str
+        "gaussian", "laplacian", "matern32", "matern52", "rational_quadratic", "periodic", "relu", "softplus". The
+        Gaussian is much the fastest. Several share alpha and are summed with weights learned per channel (``mix``).
     init : None, str or callable
-        None draws alpha from normal(0, 0.05), as the thesis does. "relu", "elu", "swish", "tanh" or any
-        element-wise function on tensors: alpha by ridge regression on it (``ridge_coefficients``).
+        None draws alpha from normal(0, 0.05), as the thesis does. "unit" draws it so that E[f(x)^2] = 1 on average for
+        x ~ N(0, 1). "relu", "elu", "swish", "tanh" or any element-wise function on tensors: alpha by ridge regression
+        on it (``kernels.ridge_coefficients``; float16-safe with ridge=1e-3).
     trainable_dictionary : bool
         Learn dictionary and bandwidth too, each per channel (the thesis' KAF_Free). The bandwidth is stored
         as its logarithm, so it stays positive.
@@ -111,36 +78,39 @@ class KAF(nn.Module):
             raise ValueError(f"KAF needs channels >= 1 and dictionary_size >= 2, got {channels} and {dictionary_size}")
         if not (boundary > 0 and math.isfinite(boundary)):
             raise ValueError(f"KAF needs a finite boundary > 0, got {boundary}")
-        if kernel != "gaussian":
-            raise ValueError(f"KAF kernel must be 'gaussian', got {kernel!r}")
+        kernels = (kernel,) if isinstance(kernel, str) else tuple(kernel)
+        if not kernels or not set(kernels) <= set(KERNELS):
+            raise ValueError(f"KAF kernel must be one or several of {', '.join(KERNELS)}, got {kernel!r}")
         if bandwidth is None:
             bandwidth = default_bandwidth(dictionary_size, boundary)
         if not (bandwidth > 0 and math.isfinite(bandwidth)):
             raise ValueError(f"KAF needs a finite bandwidth > 0, got {bandwidth}")
-        self.channels, self.boundary, self.kernel = channels, boundary, kernel
-        # float64 first, so that the points, and what is fitted on them, are exact before they are rounded
-        points = torch.linspace(-boundary, boundary, dictionary_size, dtype=torch.float64)
-        self.alpha = nn.Parameter(self._initial_alpha(init, points, bandwidth, ridge))
-        self.grid = Grid(dictionary_size, -boundary, 2 * boundary / (dictionary_size - 1), bandwidth)
+        self.channels, self.boundary, self.kernels = channels, boundary, kernels
+        # of a fixed dictionary plain numbers, so that they are exact in every type the layer is moved to
+        self.grid = Grid(dictionary_size, -boundary, 2 * boundary / (dictionary_size - 1), float(bandwidth))
+        self._grid_text = str(self.grid) if self.grid.in_range() else None
+        start = torch.linspace(-boundary, boundary, dictionary_size, dtype=torch.float64)
+        self.alpha = nn.Parameter(self._initial_alpha(init, start, bandwidth, ridge))
+        if len(kernels) > 1:
+            self.mix = nn.Parameter(torch.full_like(self.alpha[:, : len(kernels)], 1 / len(kernels)))
         if trainable_dictionary:
-            self.grid = None
-            self.dictionary = nn.Parameter(points.to(self.alpha.dtype).repeat(channels, 1))
+            self.grid = self._grid_text = None
+            self.points = nn.Parameter(start.to(self.alpha.dtype).repeat(channels, 1))
             self.log_bandwidth = nn.Parameter(torch.full_like(self.alpha[:, 0], math.log(bandwidth)))
-        else:
-            self.register_buffer("dictionary", points[None].to(self.alpha.dtype), persistent=False)
-            self.register_buffer(
-                "log_bandwidth", torch.full_like(self.alpha[:1, 0], math.log(bandwidth)), persistent=False
-            )
 
     def _initial_alpha(self, init, dictionary, bandwidth, ridge):
         shape = (self.channels, len(dictionary))
         if init is None:
             return torch.randn(shape) * DEFAULT_INIT_STD
+        if init == "unit":
+            return torch.randn(shape) / math.sqrt(second_moment(dictionary, bandwidth, self.kernels))
         if isinstance(init, str):
             if init not in RIDGE_TARGETS:
-                raise ValueError(f"KAF init must be None, a function or one of {sorted(RIDGE_TARGETS)}, got {init!r}")
+                raise ValueError(
+                    f"KAF init must be None, 'unit', a function or one of {sorted(RIDGE_TARGETS)}, got {init!r}"
+                )
             init = RIDGE_TARGETS[init]
-        alpha = ridge_coefficients(init, dictionary, bandwidth, ridge)
+        alpha = ridge_coefficients(init, dictionary, bandwidth, ridge, self.kernels)
         return alpha.to(torch.get_default_dtype()).repeat(self.channels, 1)
 
     @property
@@ -148,19 +118,32 @@ class KAF(nn.Module):
         return self.alpha.shape[1]
 
     @property
+    def dictionary(self):
+        """Points d_i, shape (1, D), or (C, D) where they are learned."""
+        return self.points if self.grid is None else points(self.grid, self.alpha)
+
+    @property
     def bandwidth(self):
-        """gamma, shape (1,) or (C,)."""
-        return self.log_bandwidth.exp()
+        """gamma, shape (1,), or (C,) where it is learned."""
+        return self.log_bandwidth.exp() if self.grid is None else self.alpha.new_full((1,), self.grid.gamma)
 
     def forward(self, x):
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise ValueError(f"KAF of {self.channels} channels needs (N, {self.channels}, *), got {tuple(x.shape)}")
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        if self.grid is not None:
-            return grid_mixture(x, self.alpha.to(dtype), self.grid)
-        params = (p.to(dtype) for p in (self.alpha, self.dictionary, self.bandwidth))
-        return mixture(x.to(dtype), *params).to(x.dtype)
+        alpha, out = self.alpha.to(dtype), None
+        for p, kernel in enumerate(self.kernels):
+            a = alpha * self.mix[:, p : p + 1].to(dtype) if len(self.kernels) > 1 else alpha
+            if kernel == "gaussian" and self._grid_text:
+                part = grid_mixture(x, a, self.grid, self._grid_text)
+            else:
+                dictionary = self.points.to(dtype) if self.grid is None else points(self.grid, a)
+                gamma = self.log_bandwidth.to(dtype).exp() if self.grid is None else a.new_full((1,), self.grid.gamma)
+                part = mixture(x.to(dtype), a, dictionary, gamma, kernel).to(x.dtype)
+            out = part if out is None else out + part
+        return out
 
     def extra_repr(self):
+        kernel = "" if self.kernels == ("gaussian",) else f", kernel={self.kernels}"
         trainable = ", trainable_dictionary=True" if self.grid is None else ""
-        return f"{self.channels}, dictionary_size={self.dictionary_size}, boundary={self.boundary}{trainable}"
+        return f"{self.channels}, dictionary_size={self.dictionary_size}, boundary={self.boundary}{kernel}{trainable}"

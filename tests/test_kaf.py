@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kafnb import KAF
-from kafnb.kaf import RIDGE_TARGETS, default_bandwidth, gram, ridge_coefficients
-from kafnb.mixture import grid_mixture, mixture
+from kafnb.kaf import RIDGE_TARGETS
+from kafnb.kernels import KERNELS, condition, default_bandwidth, gram, ridge_coefficients, second_moment
+from kafnb.mixture import gaussian_mixture, grid_mixture
 
 
 def reference(x, alpha, dictionary, gamma):
@@ -82,7 +83,7 @@ def test_both_evaluations_agree():
     kaf = KAF(3, 20).double()
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     alpha, d, gamma = exact(kaf)
-    assert torch.allclose(grid_mixture(x, alpha, kaf.grid), mixture(x, alpha, d, gamma), atol=1e-12)
+    assert torch.allclose(grid_mixture(x, alpha, kaf.grid), gaussian_mixture(x, alpha, d, gamma), atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -125,7 +126,7 @@ def test_default_bandwidth_is_the_papers_rule():
 
 def test_free_kaf_learns_dictionary_and_bandwidth_and_stays_positive():
     kaf = KAF(2, trainable_dictionary=True)
-    assert {n for n, _ in kaf.named_parameters()} == {"alpha", "dictionary", "log_bandwidth"}
+    assert {n for n, _ in kaf.named_parameters()} == {"alpha", "points", "log_bandwidth"}
     optimizer = torch.optim.SGD(kaf.parameters(), lr=100.0)
     kaf(torch.randn(64, 2)).square().sum().backward()
     before = kaf.dictionary.clone()
@@ -174,7 +175,7 @@ def test_any_grid_any_input(size, boundary, scale, centre, seed):
 @pytest.mark.parametrize(
     "arguments",
     [dict(channels=0), dict(channels=2, dictionary_size=1), dict(channels=2, boundary=0), dict(channels=2, boundary=math.inf),
-     dict(channels=2, kernel="poly"), dict(channels=2, init="rleu"), dict(channels=2, bandwidth=-1.0)],
+     dict(channels=2, kernel="poly"), dict(channels=2, kernel=()), dict(channels=2, kernel="relu", init="relu"), dict(channels=2, init="rleu"), dict(channels=2, bandwidth=-1.0)],
 )  # fmt: skip
 def test_bad_arguments_get_one_line(arguments):
     with pytest.raises(ValueError) as error:
@@ -199,3 +200,130 @@ def test_cuda_equals_cpu():
         results.append([t.cpu() for t in (y, *torch.autograd.grad(y, (v, k.alpha), g.to(device)))])
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+
+
+# --- other kernels ---------------------------------------------------------------------------------------------
+
+NUMBER = {  # each kernel once more, for one number t and gamma
+    "gaussian": lambda t, g: math.exp(-g * t * t),
+    "laplacian": lambda t, g: math.exp(-abs(t) * math.sqrt(2 * g)),
+    "matern32": lambda t, g: (1 + math.sqrt(6 * g) * abs(t)) * math.exp(-math.sqrt(6 * g) * abs(t)),
+    "matern52": lambda t, g: (
+        (1 + math.sqrt(10 * g) * abs(t) + 10 * g * t * t / 3) * math.exp(-math.sqrt(10 * g) * abs(t))
+    ),
+    "rational_quadratic": lambda t, g: 1 / (1 + g * t * t),
+    "periodic": lambda t, g: math.exp(-g * (8 / math.pi * math.sin(math.pi * t / 8)) ** 2),
+    "relu": lambda t, g: max(0, t) * math.sqrt(g),
+    "softplus": lambda t, g: math.log1p(math.exp(4 * t * math.sqrt(g))) / 4,
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_by_hand(kernel):
+    kaf = KAF(2, 5, 2.0, kernel=kernel).double()
+    x = torch.tensor([[-3.1, 0.4], [1.9, -0.6]], dtype=torch.float64)
+    gamma = default_bandwidth(5, 2.0)
+    for n in range(2):
+        for c in range(2):
+            points = [-2.0, -1.0, 0.0, 1.0, 2.0]
+            want = sum(
+                a * NUMBER[kernel](x[n, c].item() - d, gamma)
+                for a, d in zip(kaf.alpha[c].tolist(), points, strict=True)
+            )
+            assert kaf(x)[n, c].item() == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("kernel", [*KERNELS, ("gaussian", "matern52", "laplacian")])
+def test_kernels_against_finite_differences(kernel, trainable):
+    torch.manual_seed(1)
+    kaf = KAF(2, 4, kernel=kernel, trainable_dictionary=trainable).double()
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*kaf.named_parameters(), strict=True)
+
+    def f(x, *values):
+        return torch.func.functional_call(kaf, dict(zip(names, values, strict=True)), x)
+
+    assert torch.autograd.gradcheck(f, (x, *values))
+    assert torch.autograd.gradgradcheck(f, (x, *values))
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if KERNELS[k].positive_definite])
+def test_ridge_for_every_kernel_that_has_one(kernel):
+    d, gamma = torch.linspace(-3, 3, 20, dtype=torch.float64), default_bandwidth(20, 3.0)
+    assert torch.linalg.eigvalsh(gram(d, gamma, kernel)).min() > -1e-12
+    x = torch.linspace(-2.8, 2.8, 100)[:, None]
+    assert (KAF(1, kernel=kernel, init="elu", ridge=1e-4)(x) - torch.nn.functional.elu(x)).abs().max() < 0.15
+    assert condition(d, gamma, 1e-3, kernel) < condition(d, gamma, 1e-6, kernel)
+
+
+def test_several_kernels_are_summed_with_learned_weights():
+    kaf, x = KAF(3, kernel=("gaussian", "laplacian")).double(), torch.randn(4, 3, dtype=torch.float64)
+    kaf.mix.data.copy_(torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.0, 1.0]]))
+    parts = []
+    for name in kaf.kernels:
+        one = KAF(3, kernel=name).double()
+        one.alpha.data.copy_(kaf.alpha)
+        parts.append(one(x))
+    assert torch.allclose(kaf(x), sum(kaf.mix[:, p] * parts[p] for p in range(2)))
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "laplacian", "softplus", ("gaussian", "periodic")])
+def test_unit_initialisation_has_unit_second_moment(kernel):
+    torch.manual_seed(0)
+    kaf = KAF(4000, kernel=kernel, init="unit")
+    x = torch.randn(64, 1).expand(-1, 4000)
+    assert kaf(x).square().mean().item() == pytest.approx(1, rel=0.15)
+
+
+def test_second_moment_closed_form():
+    d, g = torch.linspace(-3, 3, 20, dtype=torch.float64), 1.3
+    want = sum(math.exp(-2 * g * v * v / (1 + 4 * g)) / math.sqrt(1 + 4 * g) for v in d.tolist())
+    assert second_moment(d, g) == pytest.approx(want, rel=1e-9)
+
+
+# --- transforms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_functorch(trainable):
+    kaf = KAF(3, 8, trainable_dictionary=trainable).double()
+    params = dict(kaf.named_parameters())
+
+    def f(params, x):
+        return torch.func.functional_call(kaf, params, x)
+
+    x = torch.randn(5, 2, 3, 4, dtype=torch.float64)
+    want = torch.stack([kaf(v) for v in x])
+    assert torch.allclose(torch.func.vmap(kaf)(x), want)
+    stacked = {k: torch.stack([v, 2 * v]) for k, v in params.items()}
+    both = torch.func.vmap(f, in_dims=(0, None))(stacked, x[0])
+    assert torch.allclose(both[1], f({k: 2 * v for k, v in params.items()}, x[0]))
+    v = torch.randn(1, 3, dtype=torch.float64)
+    jacobian = torch.func.jacrev(kaf)(v)[0, :, 0]
+    slope = torch.autograd.grad(kaf(w := v.clone().requires_grad_()).sum(), w)[0][0]
+    assert torch.allclose(jacobian, torch.diag(slope), atol=1e-12)
+    by_params = torch.func.jacrev(lambda p: f(p, v).sum())(params)
+    for name, value in zip(params, torch.autograd.grad(kaf(v).sum(), tuple(params.values())), strict=True):
+        assert torch.allclose(by_params[name], value, atol=1e-12)
+    per_example = torch.func.vmap(torch.func.grad(lambda p, w: f(p, w[None]).sum()), in_dims=(None, 0))(params, x[0])
+    assert torch.allclose(per_example["alpha"].sum(0), torch.autograd.grad(kaf(x[0]).sum(), kaf.alpha)[0])
+
+
+@pytest.mark.parametrize("size", [5, 20, 64])
+def test_compile_is_one_graph_with_the_same_numbers(size):
+    kaf, x = KAF(4, size), torch.randn(8, 4, 5, 5)
+    compiled = torch.compile(kaf, fullgraph=True)
+    results = []
+    for module in (kaf, compiled):
+        v = x.clone().requires_grad_()
+        y = module(v)
+        results.append((y.detach(), *torch.autograd.grad(y, (v, kaf.alpha), torch.ones_like(y))))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
+def test_export():
+    kaf, x = KAF(4), torch.randn(3, 4, 5)
+    program = torch.export.export(kaf, (x,))
+    assert torch.allclose(program.module()(x), kaf(x), atol=1e-6)

@@ -1,0 +1,130 @@
+"""Kernels k(x, d) of a KAF, as functions of t = x - d and the bandwidth gamma > 0.
+
+gamma has the meaning that it has for the Gaussian, 1 / length^2 up to a factor: each kernel is scaled so that at
+gamma = ``default_bandwidth`` it has fallen about as far at the next dictionary point as the Gaussian has.
+"""
+
+import dataclasses
+import math
+import typing
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel.
+
+    Attributes
+    ----------
+    value : callable
+        (t, gamma) -> k, element-wise, differentiable.
+    positive_definite : bool
+        Whether its kernel matrix is; ridge initialisation exists then.
+    source : str
+    """
+
+    value: typing.Callable
+    positive_definite: bool
+    source: str
+
+
+def _length(t, gamma):
+    """Distance in units of the length 1 / sqrt(2 gamma), the Gaussian's standard deviation."""
+    return t.abs() * (2 * gamma).sqrt()
+
+
+def _matern32(t, gamma):
+    s = math.sqrt(3) * _length(t, gamma)
+    return (1 + s) * torch.exp(-s)
+
+
+def _matern52(t, gamma):
+    s = math.sqrt(5) * _length(t, gamma)
+    return (1 + s + s * s / 3) * torch.exp(-s)
+
+
+_GP = "Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, section 4.2"
+_MARRA = "Marra, Zanca, Betti, Gori, 2018, arXiv:1807.06302"
+PERIOD = 8.0  # of the periodic kernel, in units of x: wider than the default dictionary, so its ends differ
+
+KERNELS = {
+    "gaussian": Kernel(lambda t, gamma: torch.exp(-gamma * t * t), True, "Scardapane et al., 2019"),
+    "laplacian": Kernel(lambda t, gamma: torch.exp(-_length(t, gamma)), True, _GP),
+    "matern32": Kernel(_matern32, True, _GP),
+    "matern52": Kernel(_matern52, True, _GP),
+    "rational_quadratic": Kernel(lambda t, gamma: 1 / (1 + gamma * t * t), True, _GP + ", alpha = 1"),
+    "periodic": Kernel(
+        lambda t, gamma: torch.exp(-gamma * (PERIOD / math.pi * torch.sin(math.pi * t / PERIOD)) ** 2), True, _GP
+    ),
+    "relu": Kernel(lambda t, gamma: torch.relu(t) * gamma.sqrt(), False, _MARRA),
+    "softplus": Kernel(lambda t, gamma: F.softplus(4 * t * gamma.sqrt()) / 4, False, _MARRA),
+}
+
+
+def default_bandwidth(dictionary_size, boundary):
+    r"""Rule of thumb of the Kafnets paper (sec. 3.2), :math:`\gamma = 1 / (6 \Delta^2)`, Delta the grid's spacing."""
+    spacing = 2 * boundary / (dictionary_size - 1)
+    return 1 / (6 * spacing**2)
+
+
+def _mean(kernel, t, bandwidth):
+    """Value of a kernel by name, or the mean of several."""
+    names = (kernel,) if isinstance(kernel, str) else kernel
+    gamma = torch.as_tensor(bandwidth, dtype=t.dtype, device=t.device)
+    return sum(KERNELS[n].value(t, gamma) for n in names) / len(names)
+
+
+def gram(dictionary, bandwidth, kernel="gaussian"):
+    """Kernel matrix of the dictionary with itself, (D,) -> (D, D)."""
+    return _mean(kernel, dictionary[:, None] - dictionary[None, :], bandwidth)
+
+
+def ridge_coefficients(target, dictionary, bandwidth, eps=1e-6, kernel="gaussian"):
+    r"""Coefficients that make a KAF follow ``target`` at its dictionary points.
+
+    .. math:: \alpha = (K + \varepsilon I)^{-1} t, \qquad t_i = \mathrm{target}(d_i)
+
+    Parameters
+    ----------
+    target : callable
+        Element-wise function on tensors.
+    dictionary : Tensor, shape (D,)
+    bandwidth : float
+    eps : float
+        Ridge term. 1e-6 (the paper) gives an exact fit and coefficients near 70 for ReLU at D = 20; 1e-3 keeps them
+        under 10, which float16 needs. ``condition`` tells what the solution amplifies.
+    kernel : str or tuple of str
+        Several are averaged.
+
+    Returns
+    -------
+    Tensor, shape (D,), float64
+
+    Raises
+    ------
+    ValueError
+        For a kernel whose matrix is not positive definite ("relu", "softplus").
+    """
+    for name in (kernel,) if isinstance(kernel, str) else kernel:
+        if not KERNELS[name].positive_definite:
+            raise ValueError(f"no ridge initialisation for kernel {name!r}, not positive definite: use init=None")
+    dictionary = dictionary.detach().double()
+    identity = torch.eye(len(dictionary), dtype=torch.float64, device=dictionary.device)
+    return torch.linalg.solve(gram(dictionary, bandwidth, kernel) + eps * identity, target(dictionary))
+
+
+def condition(dictionary, bandwidth, eps=1e-6, kernel="gaussian"):
+    """Condition number of K + eps I: how much the ridge initialisation amplifies rounding."""
+    dictionary = dictionary.detach().double()
+    identity = torch.eye(len(dictionary), dtype=torch.float64, device=dictionary.device)
+    return torch.linalg.cond(gram(dictionary, bandwidth, kernel) + eps * identity).item()
+
+
+def second_moment(dictionary, bandwidth, kernel="gaussian"):
+    """sum_i E[k(x, d_i)^2] under x ~ N(0, 1): E[f^2] of a KAF with independent coefficients of variance 1."""
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    k = _mean(kernel, x[:, None] - dictionary.detach().double().cpu(), bandwidth)
+    return float((density[:, None] * k * k).sum() * (x[1] - x[0]))
