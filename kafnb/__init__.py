@@ -3,6 +3,7 @@
 Table of contents, in the order of the story:
 
     kaf, kwta, parametric, activations    the non-linearities
+    kernels, mixture, grid, grid_triton   how a KAF is evaluated
     models, data, training                networks, images, how the one learns the other
     attacks, evaluate                     fooling them, and counting honestly
     experiments, store                    describe, train or load, keep

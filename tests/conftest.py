@@ -35,3 +35,26 @@ def images():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(13, 1, 8, 8, dtype=torch.float64, generator=generator)
     return x, torch.randint(0, 10, (13,), generator=generator)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """``make bench``: keep the table, and on which machine it was measured, in figures/benchmark/."""
+    import pandas as pd
+
+    from kafnb import experiments, figures, paths
+
+    rows = [
+        {"case": b["name"], "median_ms": 1e3 * b["stats"]["median"], "min_ms": 1e3 * b["stats"]["min"]}
+        | {"rounds": b["stats"]["rounds"], **(b["params"] or {}), **b["extra_info"]}
+        for b in output_json["benchmarks"]
+    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = paths.home() / "figures" / "benchmark"
+    paths.write_atomically(
+        folder / f"kaf_{device}.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False, lineterminator="\n")
+    )
+    where = {
+        "device": experiments.device_name(device),
+        "processor": output_json["machine_info"]["cpu"].get("brand_raw", ""),
+    }
+    figures.update_manifest(folder, "tables", f"kaf_{device}", where | experiments.provenance())

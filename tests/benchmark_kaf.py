@@ -1,0 +1,105 @@
+"""Benchmark of the KAF layer: ``make bench`` prints the table and keeps it in figures/benchmark/.
+
+Forward and backward at 64x16x32x32, the gradients in input and coefficients taken, CPU time of one thread (on CUDA:
+synchronised wall time). Peak memory counts what is allocated above the inputs, in units of one activation.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kafnb import KAF, models
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = (64, 16, 32, 32)
+
+
+def plain(x, alpha, points, gamma):
+    """The formula as written: a (N, C, H, W, D) tensor."""
+    k = torch.exp(-gamma * (x[..., None] - points) ** 2)
+    return (alpha.view(1, -1, 1, 1, alpha.shape[1]) * k).sum(-1)
+
+
+def authors(x, alpha, points, gamma):
+    """As the Kafnets authors lay it out: channels last, the dictionary as a trailing dimension, then a weighted sum."""
+    x = x.permute(0, 2, 3, 1).unsqueeze(-1)
+    k = torch.exp(-gamma * torch.square(x - points.view(1, 1, 1, 1, -1)))
+    return torch.sum(k * alpha, dim=-1).permute(0, 3, 1, 2)
+
+
+def ways(size):
+    """name -> (function of x, what is learned)"""
+    kaf = KAF(SHAPE[1], size).to(DEVICE)
+    points, gamma = kaf.dictionary[0], kaf.grid.gamma
+    conv = torch.nn.Conv2d(SHAPE[1], SHAPE[1], 3, padding=1).to(DEVICE)
+    formula = lambda x: plain(x, kaf.alpha, points, gamma)  # noqa: E731
+    return {
+        "KAF": (kaf, kaf.alpha),
+        "KAF, compiled": (torch.compile(kaf, fullgraph=True), kaf.alpha),
+        "formula": (formula, kaf.alpha),
+        "formula, compiled": (torch.compile(formula), kaf.alpha),
+        "authors' layout": (lambda x: authors(x, kaf.alpha, points, gamma), kaf.alpha),
+        "SiLU": (F.silu, None),
+        "ReLU": (F.relu, None),
+        "convolution 3x3": (conv, conv.weight),
+    }
+
+
+def peak_memory(function):
+    """Most bytes allocated at a time during one call, above what was there before."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        function()
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+CASES = [(20, n) for n in ways(20)] + [
+    (size, n) for size in (5, 10, 50, 100) for n in ("KAF", "KAF, compiled", "formula")
+]
+
+
+def step(function, x, g, learned):
+    y = function(x)
+    inputs = [x] if learned is None else [x, learned]
+    torch.autograd.grad(y, inputs, g)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("size, name", CASES)
+def test_layer(benchmark, size, name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, device=DEVICE, requires_grad=True)
+    g = torch.randn(SHAPE, device=DEVICE)
+    function, learned = ways(size)[name]
+    slow = "formula" in name or "authors" in name
+    benchmark.pedantic(step, (function, x, g, learned), rounds=5 if slow else 25, warmup_rounds=2)
+    benchmark.extra_info["activations"] = peak_memory(lambda: step(function, x, g, learned)) / (x.numel() * 4)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("activation", ["relu", "kaf"])
+def test_resnet20_step(benchmark, activation, compiled):
+    torch._dynamo.reset()
+    x, y = torch.rand(32, 3, 32, 32, device=DEVICE), torch.randint(0, 10, (32,), device=DEVICE)
+    model = models.resnet(20, activation).to(DEVICE)
+    run = torch.compile(model) if compiled else model
+
+    def train():
+        F.cross_entropy(run(x), y).backward()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(train, rounds=10, warmup_rounds=3)
