@@ -3,7 +3,7 @@
 Table of contents, in the order of the story:
 
     kaf, kwta, parametric, activations    the non-linearities
-    kernels, mixture, grid, grid_triton   how a KAF is evaluated
+    kernels, mixture, grid and grid_*     how a KAF is evaluated: eagerly, compiled, on CUDA
     models, data, training                networks, images, how the one learns the other
     attacks, evaluate                     fooling them, and counting honestly
     experiments, store                    describe, train or load, keep

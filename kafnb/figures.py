@@ -7,7 +7,7 @@ import matplotlib as mpl
 import pandas as pd
 from filelock import FileLock
 
-from .paths import write_atomically
+from .paths import home, write_atomically
 
 # The same colour and marker for an activation everywhere. Okabe and Ito's colour-blind safe palette;
 # relatives share a colour: a KAF that starts as a function has that function's colour and a filled diamond.
@@ -90,3 +90,15 @@ def read_manifest(folder):
     """The manifest of a figures folder; empty if there is none yet."""
     path = Path(folder) / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def measured(name, profile):
+    """Last measured running times of a notebook in words, from the manifest of its figures."""
+    entry = read_manifest(home() / "figures" / profile).get("notebooks", {}).get(name, {})
+    kinds = {"seconds_from_nothing": "training included", "seconds": "with trained models in the store"}
+    times = [f"{entry[kind]} s {words}" for kind, words in kinds.items() if kind in entry]
+    return (
+        f"{', '.join(times)} ({entry['jobs']} notebooks at a time, {entry['cores']} cores)"
+        if times
+        else "not yet measured"
+    )

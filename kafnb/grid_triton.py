@@ -1,7 +1,7 @@
 """The even-grid mixture on CUDA: one kernel forward, one backward, each reading its inputs once.
 
-The arithmetic is ``grid``'s, with every factor an exponential of its own: on a GPU they are cheap, and nothing has to
-be carried from group to group. A program works on one channel, so its coefficients are read once.
+The arithmetic is that of ``grid``, with every factor an exponential of its own: on a GPU they are cheap, and nothing
+has to be carried from group to group. A program works on one channel, so its coefficients are read once.
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import grid as grids
+from .grid import chunks as chunks_of
 
 BLOCK = 256  # elements a program works on at a time; half of it backward, where 32 sums an element wait in registers
 PROGRAMS = 2048  # of a backward pass, at most: each loops over blocks and leaves one partial sum a coefficient
@@ -95,7 +95,7 @@ def _backward_kernel(
 @functools.lru_cache(maxsize=64)
 def _plan(grid, device):
     """Chunks of the grid as tables: weights and weighted offsets (K, groups, 4), and each chunk's numbers."""
-    chunks = grids.chunks(grid, 4)
+    chunks = chunks_of(grid, 4)
     groups = triton.next_power_of_2(max(c.groups for c in chunks))
     weights = torch.zeros(len(chunks), groups * 4, dtype=torch.float64)
     offsets = torch.zeros_like(weights)

@@ -13,7 +13,8 @@ Two functions that call each other are therefore enough for derivatives of any o
 
 import torch
 
-from . import grid as grids
+from . import grid_compiled, grid_eager
+from .grid import points
 from .kernels import KERNELS
 
 
@@ -55,6 +56,45 @@ def _unfold_images(v, size):
     return None if v is None else v.reshape(v.shape[0], size, -1, *v.shape[2:])
 
 
+# --- the evaluation that serves a tensor on an even grid ---------------------------------------------------------
+
+
+def _triton(x):
+    """The module of CUDA kernels if it can serve x, else None."""
+    if not x.is_cuda:
+        return None
+    try:
+        from . import grid_triton
+    except ImportError:  # a torch without Triton: the eager evaluation runs on CUDA as well
+        return None
+    return grid_triton if grid_triton.usable(x) else None
+
+
+def _grid_forward(x, alpha, grid, want_slope):
+    """f, and df/dx in alpha's type where ``_grid_gradients`` will want it again (on CUDA it does not)."""
+    if kernels := _triton(x):
+        return kernels.forward(x, alpha, grid), None
+    return grid_eager.forward(x, alpha, grid, want_slope)
+
+
+def _grid_correlation(x, g, grid, dtype):
+    """h_ci = sum over n, * of g k(x, d_i), (C, D), in ``dtype``."""
+    if kernels := _triton(x):
+        alpha = torch.zeros(x.shape[1], grid.size, dtype=dtype, device=x.device)
+        return kernels.gradients(g, x, alpha, grid, need_x=False)[1]
+    return grid_eager.correlation(x, g, grid, dtype)
+
+
+def _grid_gradients(g, x, alpha, grid, slope, need_x, need_alpha):
+    """First derivatives of sum(g f) in x and alpha, None where not needed."""
+    if kernels := _triton(x):
+        return kernels.gradients(g, x, alpha, grid, need_x, need_alpha)
+    if need_x and slope is None:
+        slope = grid_eager.forward(x, alpha, grid, True)[1]
+    dx = (g * slope).to(x.dtype) if need_x else None
+    return dx, grid_eager.correlation(x, g, grid, alpha.dtype) if need_alpha else None
+
+
 # --- Gaussian kernels ------------------------------------------------------------------------------------------
 
 
@@ -64,7 +104,7 @@ class _Gaussian(torch.autograd.Function):
     @staticmethod
     def forward(x, alpha, dictionary, gamma, grid, want_slope):
         if grid is not None:
-            return grids.forward(x, alpha, grid, want_slope)
+            return _grid_forward(x, alpha, grid, want_slope)
         scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
         out, slope = torch.zeros_like(x), torch.zeros_like(x) if want_slope else None
         for i in range(alpha.shape[1]):
@@ -101,7 +141,7 @@ class _Correlation(torch.autograd.Function):
     @staticmethod
     def forward(x, g, dictionary, gamma, grid):
         if grid is not None:
-            return grids.correlation(x, g, grid, dictionary.dtype)
+            return _grid_correlation(x, g, grid, dictionary.dtype)
         scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
         dims = [d for d in range(x.ndim) if d != 1]
         columns = [
@@ -136,7 +176,7 @@ def _gradients(g, x, alpha, dictionary, gamma, grid, slope, needs):
     need_x, need_alpha, need_d, need_gamma = needs[:4]
     if not torch.is_grad_enabled():  # no derivative of these is wanted: the fast ways
         if grid is not None:
-            return *grids.gradients(g, x, alpha, grid, slope, need_x, need_alpha), None, None
+            return *_grid_gradients(g, x, alpha, grid, slope, need_x, need_alpha), None, None
         return _free_gradients(g, x, alpha, dictionary, gamma, slope)
     dx = dalpha = dd = dgamma = None
     if need_x:
@@ -187,10 +227,9 @@ def grid_mixture(x, alpha, grid, text=None):
     ``text`` is ``str(grid)``, made beforehand for ``torch.compile``.
     """
     if torch.compiler.is_compiling() and text is not None:
-        return grids.fused(x, alpha, text)
-    points = grids.points(grid, alpha)
+        return grid_compiled.fused(x, alpha, text)
     want_slope = x.requires_grad and torch.is_grad_enabled()
-    return _Gaussian.apply(x, alpha, points, alpha.new_full((1,), grid.gamma), grid, want_slope)[0]
+    return _Gaussian.apply(x, alpha, points(grid, alpha), alpha.new_full((1,), grid.gamma), grid, want_slope)[0]
 
 
 # --- any kernel ------------------------------------------------------------------------------------------------

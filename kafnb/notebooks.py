@@ -10,8 +10,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from .figures import read_manifest, update_manifest
+from .figures import update_manifest
 from .paths import home, write_atomically
+from .profiles import PROFILES, resolve_data, resolve_device
 
 # notebook -> (section of the thesis, title); the map in README and notebook 00 is drawn from this
 PROGRAMME = {
@@ -35,18 +36,6 @@ PROGRAMME = {
     "17_errata": ("all", "Errata, measured"),
     "18_conclusions": ("7", "Conclusions: every claim and its verdict"),
 }
-
-
-def measured(name, profile):
-    """Last measured running times of a notebook in words, from the manifest of its figures."""
-    entry = read_manifest(home() / "figures" / profile).get("notebooks", {}).get(name, {})
-    kinds = {"seconds_from_nothing": "training included", "seconds": "with trained models in the store"}
-    times = [f"{entry[kind]} s {words}" for kind, words in kinds.items() if kind in entry]
-    return (
-        f"{', '.join(times)} ({entry['jobs']} notebooks at a time, {entry['cores']} cores)"
-        if times
-        else "not yet measured"
-    )
 
 
 def available():
@@ -115,8 +104,6 @@ def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=Non
     -------
     list of Outcome
     """
-    from .profiles import PROFILES, resolve_data, resolve_device
-
     names, cores = select(only), os.cpu_count() or 1
     device = resolve_device(device, PROFILES[profile].needs_gpu)
     resolve_data(PROFILES[profile], data_root)

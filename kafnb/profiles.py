@@ -9,7 +9,6 @@ import torch
 
 from . import experiments, figures
 from .data import load_data
-from .notebooks import measured
 from .paths import home
 from .training import Recipe
 
@@ -179,5 +178,5 @@ class Session:
             f"profile {self.profile.name}: {self.data.name}, {len(self.data.x_train)} training images of "
             f"{self.data.in_channels}x{self.data.image_size}x{self.data.image_size}; attacks scored on {n} test "
             f"images; eps {self.profile.eps:.4g}; seed {self.seed}\n"
-            f"running time: {measured(self.notebook, self.profile.name)}"
+            f"running time: {figures.measured(self.notebook, self.profile.name)}"
         )

@@ -12,7 +12,7 @@ SIZES = [(2, 3.0), (5, 1.0), (20, 3.0), (37, 3.0), (64, 10.0)]
 
 def check(device):
     """Forward and backward of the kernels against the eager evaluation in float64."""
-    from kafnb import KAF, grid, grid_triton
+    from kafnb import KAF, grid_eager, grid_triton
 
     grid_triton.BLOCK = 64  # several blocks, the last of them not full
     for size, boundary in SIZES:
@@ -26,8 +26,8 @@ def check(device):
                     x.view(-1)[0], x.view(-1)[-1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
                 alpha = kaf.alpha.detach()
                 x64, g64, a64 = x.double(), g.double(), alpha.double()
-                want, slope = grid._cpu_forward(x64, a64, kaf.grid, True)
-                wants = want, g64 * slope, grid._cpu_correlation(x64, g64, kaf.grid, torch.float64)
+                want, slope = grid_eager.forward(x64, a64, kaf.grid, True)
+                wants = want, g64 * slope, grid_eager.correlation(x64, g64, kaf.grid, torch.float64)
                 f = grid_triton.forward(x.to(device), alpha.to(device), kaf.grid)
                 got = f, *grid_triton.gradients(g.to(device), x.to(device), alpha.to(device), kaf.grid)
                 for a, b, name in zip(got, wants, ("f", "dx", "dalpha"), strict=True):
