@@ -168,7 +168,7 @@ class Session:
         """Write figures/<profile>/<notebook>_<name>.png, the numbers drawn as .csv, and its line in the manifest."""
         figures.save_figure(
             figure, f"{self.notebook}_{name}", table, home() / "figures" / self.profile.name,
-            notebook=self.notebook, profile=self.profile.name, data=self.data_spec.split("/")[0], seed=self.seed,
+            notebook=self.notebook, profile=self.profile.name, data=self.data.name, seed=self.seed,
             device=experiments.device_name(self.device), **experiments.provenance(),
         )  # fmt: skip
 
