@@ -138,7 +138,10 @@ def _folder(path):
         raise ValueError(f"{path}: train and test have different classes: {parts[0].classes} and {parts[1].classes}")
     tensors = []
     for part in parts:
-        tensors += [_decode([f for f, _ in part.samples], path), torch.tensor([y for _, y in part.samples])]
+        # files come sorted by class: in a fixed random order, the first n images are a fair sample of all classes
+        order = np.random.RandomState(0).permutation(len(part.samples))
+        samples = [part.samples[i] for i in order]
+        tensors += [_decode([f for f, _ in samples], path), torch.tensor([y for _, y in samples])]
     return Data(f"folder:{path.resolve().name}", *tensors, tuple(parts[0].classes))
 
 

@@ -93,7 +93,21 @@ def tree(tmp_path):
 def test_folder(tree):
     data = load_data(f"folder:{tree}")
     assert data.x_train.shape == (6, 3, 9, 9) and data.classes == ("cat", "dog") and data.name == f"folder:{tree.name}"
-    assert data.x_test[:, 0, 0, 0].tolist() == [0, 1, 40, 41] and data.y_test.tolist() == [0, 0, 1, 1]
+    assert sorted(data.x_test[:, 0, 0, 0].tolist()) == [0, 1, 40, 41]
+    assert torch.equal(data.y_test, (data.x_test[:, 0, 0, 0] >= 40).long())  # each image kept its label
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
+    """ImageFolder sorts by class; scored on the first n, that would be one class alone."""
+    for part, n in (("train", 40), ("test", 20)):
+        for c in range(3):
+            (tmp_path / part / str(c)).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (4, 4), (80 * c + i, 0, 0)).save(tmp_path / part / str(c) / f"{i}.png")
+    data = _folder(tmp_path)
+    assert set(data.test(20)[1].tolist()) == set(data.validation_split(0.2).y_test.tolist()) == {0, 1, 2}
+    assert torch.equal(data.x_train[:, 0, 0, 0].long() // 80, data.y_train)
+    assert torch.equal(data.x_train, _folder(tmp_path).x_train)  # the same order every time
 
 
 def test_folder_with_two_sizes_names_the_file(tree):
