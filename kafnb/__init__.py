@@ -4,7 +4,7 @@ Table of contents, in the order of the story:
 
     kaf, kwta, parametric, activations    the non-linearities
     kernels, mixture, grid and grid_*     how a KAF is evaluated: eagerly, compiled, on CUDA
-    models, data, training                networks, images, how the one learns the other
+    models, data, methods, training       networks, images, how the one learns the other
     attacks, evaluate                     fooling them, and counting honestly
     experiments, store                    describe, train or load, keep
     profiles, figures, notebooks          sizes, pictures, running it all

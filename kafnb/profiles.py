@@ -1,15 +1,18 @@
 """Profiles (quick, small, paper) and the session that a notebook opens with one."""
 
 import dataclasses
+import hashlib
+import inspect
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-from . import experiments, figures
+from . import experiments, figures, paths
 from .data import load_data
 from .paths import home
+from .store import Folder, default_store
 from .training import Recipe
 
 
@@ -163,6 +166,24 @@ class Session:
     def load(self, experiment):
         """``kafnb.load`` on this session's device and store."""
         return experiments.load(experiment, **self._where())
+
+    def table(self, function, *arguments, **options):
+        """The DataFrame ``function(*arguments, **options)``, computed once and then read from the store.
+
+        For measurements of a few seconds or more that are no ``Evaluation``. The key holds the arguments (their
+        ``repr``; experiments, numbers, names), the function's own source, the profile, the data and the package's
+        source, not what other notebook cells define: pass that as an argument. Not for timings.
+        """
+        given = [inspect.getsource(function), repr(arguments), repr(sorted(options.items()))]
+        fixed = [str(self.seed), self.profile.name, self.data.fingerprint, paths.code_fingerprint()]
+        key = hashlib.sha256("\0".join(given + fixed).encode()).hexdigest()[:10]
+        folder = Folder(default_store() / f"{self.notebook}-{function.__name__}-{key}")
+        with folder.lock():
+            if not folder.has("table.csv"):
+                with torch.random.fork_rng():
+                    torch.manual_seed(self.seed)
+                    folder.write_table("table.csv", function(*arguments, **options))
+            return folder.read_table("table.csv")
 
     def save(self, figure, name, table):
         """Write figures/<profile>/<notebook>_<name>.png, the numbers drawn as .csv, and its line in the manifest."""

@@ -1,4 +1,4 @@
-"""One training loop. What differs between methods is how a batch is perturbed: one short generator each."""
+"""One training loop, its recipe and its learning rates. What differs between methods is in ``methods``."""
 
 import dataclasses
 import time
@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .activations import pick
-from .attacks import ascend, frozen, pgd, random_delta
+from .attacks import pgd
 from .data import to_unit
 from .evaluate import clean_accuracy, robust_accuracy
+from .methods import METHODS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +24,7 @@ class Recipe:
     Attributes
     ----------
     method : str
-        A key of ``METHODS``.
+        A key of ``methods.METHODS``.
     lr : (float, float)
         Lowest and highest learning rate of the schedule.
     schedule : {"triangular", "constant"}
@@ -32,6 +33,8 @@ class Recipe:
         Penalty lambda * sum(w^2); None takes the model's own.
     steps, step_size : of "pgd" (default step 2.5 eps / steps) and of "fgsm_rs" (default 1.25 eps).
     replays : m of "free"; its epochs are divided by it.
+    strength : float, optional
+        The number that some methods turn on (weight of a penalty, size of a noise): see each; None is its default.
     augment : {"none", "crop", "crop_flip"}
         Random crop after padding by an eighth of the image (4 for 32 pixels), and horizontal flip.
     precision : {"float32", "bfloat16", "float16"}
@@ -53,6 +56,7 @@ class Recipe:
     steps: int = 7
     step_size: float | None = None
     replays: int = 8
+    strength: float | None = None
     augment: str = "none"
     precision: str = "float32"
     track: int = 0
@@ -71,51 +75,6 @@ class Recipe:
             raise ValueError(f"epochs and eps must be >= 0, batch_size and replays >= 1, got {self}")
 
 
-# --- methods: each yields the batches to learn from; the loop steps the optimiser between yields ---------------
-
-
-def standard(model, x, y, recipe, state):
-    """The images as they are."""
-    yield x
-
-
-def fgsm(model, x, y, recipe, state):
-    """One signed step of size eps from the image itself. Collapses: see notebook 11. (arXiv:1412.6572)"""
-    with frozen(model):
-        x_adv = ascend(model, x, y, torch.zeros_like(x), eps=recipe.eps, step_size=recipe.eps, steps=1)
-    yield x_adv
-
-
-def fgsm_rs(model, x, y, recipe, state):
-    """Fast adversarial training: a fresh uniform start, one step of 1.25 eps, projected. (arXiv:2001.03994)"""
-    step_size = 1.25 * recipe.eps if recipe.step_size is None else recipe.step_size
-    with frozen(model):
-        x_adv = ascend(model, x, y, random_delta(x, recipe.eps), eps=recipe.eps, step_size=step_size, steps=1)
-    yield x_adv
-
-
-def pgd_at(model, x, y, recipe, state):
-    """Madry's adversarial training: PGD from a random start. (arXiv:1706.06083)"""
-    step_size = 2.5 * recipe.eps / recipe.steps if recipe.step_size is None else recipe.step_size
-    with frozen(model):
-        delta = random_delta(x, recipe.eps)
-        x_adv = ascend(model, x, y, delta, eps=recipe.eps, step_size=step_size, steps=recipe.steps)
-    yield x_adv
-
-
-def free(model, x, y, recipe, state):
-    """Free adversarial training: each batch m times, one backward pass for weights and perturbation both.
-
-    The perturbation goes on from batch to batch within an epoch. (arXiv:1904.12843)
-    """
-    delta = state.setdefault("delta", torch.zeros(recipe.batch_size, *x.shape[1:], device=x.device))[: len(x)]
-    for _ in range(recipe.replays):
-        x_adv = (x + delta).clamp(0, 1).requires_grad_()
-        yield x_adv  # the loop runs loss.backward() here, which leaves the input's gradient in x_adv.grad
-        delta.add_(recipe.eps * x_adv.grad.sign()).clamp_(-recipe.eps, recipe.eps)
-
-
-METHODS = {"standard": standard, "fgsm": fgsm, "fgsm_rs": fgsm_rs, "pgd": pgd_at, "free": free}
 OPTIMIZERS = {
     "sgd": lambda groups, recipe: torch.optim.SGD(groups, lr=recipe.lr[1], momentum=recipe.momentum),
     "adam": lambda groups, recipe: torch.optim.Adam(groups, lr=recipe.lr[1]),
@@ -181,18 +140,20 @@ class Autocast(torch.nn.Module):
             return self.model(x).float()
 
 
-def _epoch(model, x, y, optimizer, scaler, recipe, lr_at):
-    """Train for one pass; yields (summed loss, number correct, number seen) after each optimiser step."""
+def _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done=(0.0, 1.0)):
+    """Train for one pass, from ``done[0]`` to ``done[1]`` of all training.
+
+    Yields (summed loss, number correct, number seen) after each optimiser step.
+    """
     dtype, state = PRECISIONS[recipe.precision], {}
     net = model if dtype == torch.float32 else Autocast(model, dtype)
     net.train()
-    for xb, yb in _batches(x, y, recipe):
-        for x_adv in METHODS[recipe.method](net, xb, yb, recipe, state):
+    for i, (xb, yb) in enumerate(_batches(x, y, recipe)):
+        state["progress"] = done[0] + (done[1] - done[0]) * i * recipe.batch_size / len(x)
+        for logits, loss in METHODS[recipe.method](net, xb, yb, recipe, state):
             lr = lr_at()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            logits = net(x_adv)
-            loss = F.cross_entropy(logits, yb)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -250,7 +211,8 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
         wall, cpu, sums = time.perf_counter(), time.process_time(), [0, 0, 0]
         with torch.random.fork_rng():
             torch.manual_seed(1_000_003 * seed + len(history))
-            for values in _epoch(model, x, y, optimizer, scaler, recipe, lr_at):
+            done = len(history) / epochs, (len(history) + 1) / epochs
+            for values in _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done):
                 sums = [a + b for a, b in zip(sums, values, strict=True)]
         loss = float(sums[0]) / sums[2]
         row = {"epoch": len(history) + 1, "lr": lr, "loss": loss, "accuracy": int(sums[1]) / sums[2]}

@@ -6,6 +6,7 @@ import multiprocessing
 import subprocess
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -148,3 +149,17 @@ def test_bad_names_are_refused_before_anything_is_written(store):
         Evaluation("pdg")
     with pytest.raises(FileNotFoundError, match="run it first"):
         kafnb.history(dataclasses.replace(MLP, seed=99), store=store)
+
+
+def test_session_table_is_computed_once_for_the_same_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAFNB_HOME", str(tmp_path))
+    nb, calls = kafnb.Session("x"), []
+
+    def squares(n, offset=0):
+        calls.append(n)
+        return pd.DataFrame({"square": [i**2 + offset for i in range(n)]})
+
+    first, again = nb.table(squares, 3), nb.table(squares, 3)
+    pd.testing.assert_frame_equal(first, again)
+    nb.table(squares, 3, offset=1), nb.table(squares, 4), kafnb.Session("x", seed=1).table(squares, 3)
+    assert calls == [3, 3, 4, 3]
