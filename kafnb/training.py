@@ -1,7 +1,9 @@
 """One training loop, its recipe and its learning rates. What differs between methods is in ``methods``."""
 
 import dataclasses
+import math
 import time
+import warnings
 
 import pandas as pd
 import torch
@@ -12,6 +14,7 @@ from .activations import pick
 from .attacks import pgd
 from .data import to_unit
 from .evaluate import clean_accuracy, robust_accuracy
+from .gradients import first_nonfinite, measure
 from .methods import METHODS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +42,12 @@ class Recipe:
         Random crop after padding by an eighth of the image (4 for 32 pixels), and horizontal flip.
     precision : {"float32", "bfloat16", "float16"}
         Of the forward passes, by autocast; float16 scales the loss.
+    clip : float, optional
+        Largest Euclidean norm of the gradient in all parameters; longer ones are scaled down to it.
+    monitor : bool
+        After each epoch, the norms of ``gradients.measure`` on the first training images go into the history
+        (columns "gradient blocks.0", ...), with a warning once one would overflow float16; and every step is
+        checked: a gradient that is not finite stops the training, with the layer's name.
     track : int
         After each epoch, clean and PGD-10 accuracy on the first ``track`` test images go into the history.
     """
@@ -59,6 +68,8 @@ class Recipe:
     strength: float | None = None
     augment: str = "none"
     precision: str = "float32"
+    clip: float | None = None
+    monitor: bool = False
     track: int = 0
 
     def __post_init__(self):
@@ -140,6 +151,10 @@ class Autocast(torch.nn.Module):
             return self.model(x).float()
 
 
+class Diverged(ArithmeticError):
+    """A gradient that is not finite; the message names the layer."""
+
+
 def _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done=(0.0, 1.0)):
     """Train for one pass, from ``done[0]`` to ``done[1]`` of all training.
 
@@ -156,6 +171,11 @@ def _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done=(0.0, 1.0)):
                 group["lr"] = lr
             optimizer.zero_grad()
             scaler.scale(loss).backward()
+            if recipe.clip is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            if recipe.monitor and not scaler.is_enabled() and (layer := first_nonfinite(model)):
+                raise Diverged(f"the gradient of {layer} is not finite")
             scaler.step(optimizer)
             scaler.update()
             yield loss.detach() * len(yb), (logits.detach().argmax(1) == yb).sum(), len(yb)
@@ -180,8 +200,9 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
     -------
     DataFrame
         One row an epoch: epoch, lr (its last), loss, accuracy (on the perturbed batches), seconds, cpu_seconds, and
-        clean, pgd where the recipe tracks them. If a loss is not finite, training stops: the weights are those of
-        the last good epoch and the last row's loss is what it was.
+        clean, pgd where the recipe tracks them, gradient norms where it monitors. If a loss, or under ``monitor`` a
+        gradient, is not finite, training stops with a warning: the weights are those of the last good epoch and the
+        last row's loss is NaN.
     """
     model.to(device)
     x, y = data.x_train.to(device), data.y_train.to(device)
@@ -212,14 +233,23 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
         with torch.random.fork_rng():
             torch.manual_seed(1_000_003 * seed + len(history))
             done = len(history) / epochs, (len(history) + 1) / epochs
-            for values in _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done):
-                sums = [a + b for a, b in zip(sums, values, strict=True)]
-        loss = float(sums[0]) / sums[2]
-        row = {"epoch": len(history) + 1, "lr": lr, "loss": loss, "accuracy": int(sums[1]) / sums[2]}
+            reason = "the loss is not finite"
+            try:
+                for values in _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done):
+                    sums = [a + b for a, b in zip(sums, values, strict=True)]
+                loss = float(sums[0]) / sums[2]
+            except Diverged as diverged:
+                loss, reason = float("nan"), str(diverged)
+        row = {"epoch": len(history) + 1, "lr": lr, "loss": loss, "accuracy": int(sums[1]) / max(sums[2], 1)}
         row |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             model.load_state_dict(before)
             row["loss"] = float("nan")
+            warnings.warn(
+                f"training stopped in epoch {row['epoch']}: {reason}; weights of the last good epoch kept", stacklevel=2
+            )
+        if recipe.monitor:
+            row |= _monitored(model, x, y)
         if recipe.track:
             row |= _tracked(model, data, recipe)
         history.append(row)
@@ -231,6 +261,14 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
     bar.close()
     model.eval()
     return pd.DataFrame(history)
+
+
+def _monitored(model, x, y):
+    norms = measure(model, (to_unit(x[:64]), y[:64]))
+    if max(norms.values()) > torch.finfo(torch.float16).max:
+        name = max(norms, key=norms.get)
+        warnings.warn(f"the gradient at {name} has norm {norms[name]:.1e}: float16 ends at 65,504", stacklevel=3)
+    return {f"gradient {name}": norm for name, norm in norms.items()}
 
 
 def _tracked(model, data, recipe):
