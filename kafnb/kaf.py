@@ -42,7 +42,9 @@ class KAF(nn.Module):
     init : None, str or callable
         None draws alpha from normal(0, 0.05), as the thesis does. "unit" draws it so that E[f(x)^2] = 1 on average for
         x ~ N(0, 1). "relu", "elu", "swish", "tanh" or any element-wise function on tensors: alpha by ridge regression
-        on it (``kernels.ridge_coefficients``; float16-safe with ridge=1e-3).
+        on it (``kernels.ridge_coefficients``; float16-safe with ridge=1e-3). In networks deeper than about 20 layers
+        use "elu": behind batch normalisation the random ones multiply the squared gradient by 3.2 a layer, "elu" by
+        1.09 (``kafnb.gradients.growth_factor``, notebook 13).
     trainable_dictionary : bool
         Learn dictionary and bandwidth too, each per channel (the thesis' KAF_Free). The bandwidth is stored
         as its logarithm, so it stays positive.

@@ -90,7 +90,7 @@ def _swap(block):
             setattr(block, name, _Squared(layer))
 
 
-def predict(activation, block="thesis", depth=56, image_size=16, *, width=16, samples=4096, seed=0):
+def predict(activation, block="thesis", depth=56, image_size=16, *, width=16, samples=2048, seed=0):
     """Predicted norms of the gradient after each block of a ResNet at initialisation, relative to the last one.
 
     Parameters
@@ -103,7 +103,7 @@ def predict(activation, block="thesis", depth=56, image_size=16, *, width=16, sa
     image_size : int
         Borders are a larger share of a small image, and padding weakens the convolutions there.
     samples : int
-        Values a channel in the first stage, at least; a twelfth of that many in the last.
+        Values a channel in the first stage, at least; a sixteenth of that many in the last.
     seed : int
         Of the random functions and samples. The global generator is left as it was.
 
@@ -114,8 +114,9 @@ def predict(activation, block="thesis", depth=56, image_size=16, *, width=16, sa
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = models.resnet(depth, activation, block, in_channels=3, image_size=image_size, width=width)
-        images = torch.rand(max(4, samples // image_size**2), 3, image_size, image_size)
+        # float64: squared gradients of a deep network pass float32's 1e38
+        model = models.resnet(depth, activation, block, in_channels=3, image_size=image_size, width=width).double()
+        images = torch.rand(max(4, samples // image_size**2), 3, image_size, image_size, dtype=torch.float64)
         with torch.no_grad():
             x = model.stem.train()(images)
         h, outputs = x.requires_grad_(), []
