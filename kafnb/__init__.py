@@ -7,10 +7,11 @@ Table of contents, in the order of the story:
     models, data, methods, training       networks, images, how the one learns the other
     attacks, evaluate                     fooling them, and counting honestly
     experiments, store                    describe, train or load, keep
-    profiles, figures, notebooks          sizes, pictures, running it all
+    profiles, figures, diagrams           sizes, pictures, pictures of networks
+    notebooks                             running it all
 """
 
-from . import attacks, evaluate, figures, models, notebooks, paths, training
+from . import attacks, diagrams, evaluate, figures, models, notebooks, paths, training
 from .activations import ACTIVATIONS, activation
 from .data import Data, load_data
 from .experiments import Evaluation, Experiment, history, load, run
@@ -22,6 +23,6 @@ from .training import Recipe, fit
 
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
-    "activation", "attacks", "evaluate", "figures", "fit", "history", "load", "load_data", "models", "notebooks",
-    "paths", "run", "training",
+    "activation", "attacks", "diagrams", "evaluate", "figures", "fit", "history", "load", "load_data", "models",
+    "notebooks", "paths", "run", "training",
 ]  # fmt: skip
