@@ -8,10 +8,11 @@ Table of contents, in the order of the story:
     gradients, meanfield                  how gradients grow with depth: measured and predicted
     attacks, evaluate                     fooling them, and counting honestly
     experiments, store                    describe, train or load, keep
-    profiles, figures, notebooks          sizes, pictures, running it all
+    profiles, figures, diagrams           sizes, pictures, pictures of networks
+    notebooks                             running it all
 """
 
-from . import attacks, evaluate, figures, gradients, models, notebooks, paths, training
+from . import attacks, diagrams, evaluate, figures, gradients, models, notebooks, paths, training
 from .activations import ACTIVATIONS, activation
 from .data import Data, load_data
 from .experiments import Evaluation, Experiment, history, load, run
@@ -23,6 +24,6 @@ from .training import Recipe, fit
 
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
-    "activation", "attacks", "evaluate", "figures", "fit", "gradients", "history", "load", "load_data",
+    "activation", "attacks", "diagrams", "evaluate", "figures", "fit", "gradients", "history", "load", "load_data",
     "models", "notebooks", "paths", "run", "training",
 ]  # fmt: skip
