@@ -6,11 +6,12 @@ Table of contents, in the order of the story:
     kernels, mixture, grid and grid_*     how a KAF is evaluated: eagerly, compiled, on CUDA
     models, data, methods, training       networks, images, how the one learns the other
     attacks, evaluate                     fooling them, and counting honestly
+    probes, lipschitz and lipschitz_*     what goes on inside, and how fast it can change
     experiments, store                    describe, train or load, keep
     profiles, figures, notebooks          sizes, pictures, running it all
 """
 
-from . import attacks, evaluate, figures, models, notebooks, paths, training
+from . import attacks, evaluate, figures, lipschitz, models, notebooks, paths, probes, training
 from .activations import ACTIVATIONS, activation
 from .data import Data, load_data
 from .experiments import Evaluation, Experiment, history, load, run
@@ -22,6 +23,6 @@ from .training import Recipe, fit
 
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
-    "activation", "attacks", "evaluate", "figures", "fit", "history", "load", "load_data", "models", "notebooks",
-    "paths", "run", "training",
+    "activation", "attacks", "evaluate", "figures", "fit", "history", "lipschitz", "load", "load_data", "models",
+    "notebooks", "paths", "probes", "run", "training",
 ]  # fmt: skip
