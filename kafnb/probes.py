@@ -215,7 +215,7 @@ class Shift:
     """
 
     def __init__(self, bins=1024):
-        self.clean, self.histograms, self._distances = Moments(), (Histogram(bins), Histogram(bins))
+        self.clean, self.histograms = Moments(), (Histogram(bins), Histogram(bins))
         # one growing block: many small tensors, each kept, would leave holes in memory between the large ones
         self._distances = array.array("d")
 
