@@ -5,6 +5,7 @@ Table of contents, in the order of the story:
     kaf, kwta, parametric, activations    the non-linearities
     kernels, mixture, grid and grid_*     how a KAF is evaluated: eagerly, compiled, on CUDA
     models, data, methods, training       networks, images, how the one learns the other
+    probes, lipschitz and lipschitz_*     what goes on inside, and how fast it can change
     gradients, meanfield                  how gradients grow with depth: measured and predicted
     attacks, evaluate                     fooling them, and counting honestly
     experiments, store                    describe, train or load, keep
@@ -12,7 +13,7 @@ Table of contents, in the order of the story:
     notebooks                             running it all
 """
 
-from . import attacks, diagrams, evaluate, figures, gradients, models, notebooks, paths, training
+from . import attacks, diagrams, evaluate, figures, gradients, lipschitz, models, notebooks, paths, probes, training
 from .activations import ACTIVATIONS, activation
 from .data import Data, load_data
 from .experiments import Evaluation, Experiment, history, load, run
@@ -24,6 +25,6 @@ from .training import Recipe, fit
 
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
-    "activation", "attacks", "diagrams", "evaluate", "figures", "fit", "gradients", "history", "load", "load_data",
-    "models", "notebooks", "paths", "run", "training",
+    "activation", "attacks", "diagrams", "evaluate", "figures", "fit", "gradients", "history", "lipschitz", "load",
+    "load_data", "models", "notebooks", "paths", "probes", "run", "training",
 ]  # fmt: skip

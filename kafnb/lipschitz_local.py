@@ -1,0 +1,121 @@
+r"""How fast a network's answers change near given images, found by looking: lower bounds, and an estimate.
+
+For the label y and another class j, the margin m_j = f_y - f_j cannot fall to zero within a ball while
+
+.. math:: m_j(x) > \varepsilon \sup_{z \in B(x, \varepsilon)} \lVert \nabla m_j(z) \rVert_*,
+
+with the dual norm: L1 for an L-inf ball, L2 for an L2 ball. ``gradient_norms`` gives the norm at points of the ball,
+which is at most the supremum; ``lipschitz_intervals.local_bound`` a number that is at least that; ``clever`` a guess.
+"""
+
+import warnings
+
+import torch
+from torch import nn
+
+from .attacks import NORMS, project, random_delta, still
+
+
+def dual(g, norm):
+    """(N, *) -> (N,)."""
+    return g.flatten(1).norm(p=1 if norm == "linf" else 2, dim=1)
+
+
+def check_ball(norm, eps):
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and >= 0, in pixel units of [0, 1], got {eps}")
+
+
+def gradient_norms(model, x, y, *, eps=0.0, norm="linf", samples=0, seed=0):
+    """Dual norm of the gradient of each margin f_y - f_j, the largest over x and random points of its ball.
+
+    Parameters
+    ----------
+    x, y : Tensor, shapes (N, C, H, W) and (N,)
+    eps : float
+        Radius of the ball that ``samples`` points an image are drawn from, pixel units.
+    norm : {"linf", "l2"}
+        Of the ball; gradients are measured in L1 or L2.
+
+    Returns
+    -------
+    Tensor, shape (N, classes)
+        0 in column y. A lower bound of the local Lipschitz constant.
+    """
+    check_ball(norm, eps)
+    best = None
+    with still(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for i in range(samples + 1):
+            z = (project(x, random_delta(x, eps, norm), eps, norm) if i else x).detach().requires_grad_()
+            with torch.enable_grad():
+                logits = model(z)
+                top = logits.gather(1, y[:, None])
+                columns = [
+                    dual(torch.autograd.grad((top[:, 0] - logits[:, j]).sum(), z, retain_graph=True)[0], norm)
+                    for j in range(logits.shape[1])
+                ]
+            found = torch.stack(columns, 1)
+            best = found if best is None else torch.maximum(best, found)
+    return best
+
+
+def jacobian_norms(model, x, *, iterations=30, seed=0):
+    """Spectral norm of the Jacobian of the logits at each image, by power iteration: (N,).
+
+    Any of them, times 1 - rounding, is a lower bound of the network's global L2 constant. J v is had by
+    differentiating J'u in u, so nothing of the Jacobian's size is built.
+    """
+    with still(model), torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        z = x.detach().requires_grad_()
+        logits = model(z)
+        u = torch.zeros_like(logits, requires_grad=True)
+        (pulled,) = torch.autograd.grad(logits, z, u, create_graph=True)  # J'u
+        v = torch.randn_like(x)
+        value = x.new_zeros(len(x))
+        for _ in range(iterations):
+            v = v / v.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, *[1] * (x.ndim - 1))
+            (jv,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+            value = jv.norm(dim=1)  # of a unit vector: never above the norm
+            (v,) = torch.autograd.grad(logits, z, jv, retain_graph=True)
+        return value.detach()
+
+
+def clever(model, x, num_classes, *, eps, norm="linf", batches=30, samples=16, seed=0):
+    """CLEVER score of one image: an estimate of the radius within which no other class wins. Not a certificate.
+
+    The largest gradient norms of ``batches`` samples of ``samples`` points each are fitted by a reverse Weibull
+    distribution, whose end is taken for the local Lipschitz constant. Computed by the Adversarial Robustness Toolbox.
+
+    Parameters
+    ----------
+    x : Tensor, shape (C, H, W)
+    eps : float
+        Radius of the ball searched, and the largest score.
+
+    Returns
+    -------
+    float, pixel units of the ball's norm
+
+    Source: Weng et al., ICLR 2018, arXiv:1801.10578.
+    """
+    import numpy as np
+    from art.estimators.classification import PyTorchClassifier
+    from art.metrics import clever_u
+
+    check_ball(norm, eps)
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        with still(model), torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of the fit, when all samples are alike
+            wrapped = PyTorchClassifier(
+                model, nn.CrossEntropyLoss(), tuple(x.shape), num_classes, clip_values=(0.0, 1.0), device_type="cpu"
+            )  # fmt: skip
+            order = np.inf if norm == "linf" else 2
+            return float(clever_u(wrapped, x.cpu().numpy(), batches, samples, eps, order, verbose=False))
+    finally:
+        np.random.set_state(state)
