@@ -171,7 +171,7 @@ def _told(loss, y, logits):
 
 def pgd(
     model, x, y, *, eps, step_size=None, steps=10, restarts=1, norm="linf", targeted=False, random_start=True,
-    loss="ce", momentum=0.0, schedule="constant", early_stop=False, fast=True,
+    loss="ce", momentum=0.0, schedule="constant", early_stop=False, fast=True, surrogate=None, gradient=None,
 ):  # fmt: skip
     """Projected gradient descent.
 
@@ -205,6 +205,10 @@ def pgd(
     fast : bool
         Take the steps on ``fast.twin(model)``: the same logits and gradients up to rounding. Success is judged on the
         model itself.
+    surrogate : Module, optional
+        Another network whose gradients lead the steps: transfer, or the model with a replaced backward pass.
+    gradient : callable, optional
+        In place of ``logits_and_gradient``, for adaptive attacks.
 
     Returns
     -------
@@ -224,20 +228,23 @@ def pgd(
         raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a function, got {schedule!r}")
     sign, raised = (-1 if targeted is True else 1), LOSSES[loss]
     options = dict(eps=eps, steps=steps, norm=norm, momentum=momentum, schedule=schedule)
+    options |= {} if gradient is None else {"gradient": gradient}
     options["step_size"] = 2.5 * eps / steps if step_size is None else step_size
     best, best_loss = x.clone(), torch.full((len(x),), -float("inf"), device=x.device)
     alive = torch.arange(len(x), device=x.device)
-    net = twin(model) if fast and steps * restarts >= 4 else model  # a copy costs as much as about two steps
+    net = model if surrogate is None else surrogate
+    net = twin(net) if fast and steps * restarts >= 4 else net  # a copy costs as much as about two steps
+    own = surrogate is None and gradient is None  # the logits that come with the gradient are the model's
 
     def broken(x_adv, told, logits):
-        said, wanted = logits.argmax(1), told if told.ndim == 1 else told[:, 0]
-        done = (said == wanted) == (targeted is True)
-        if net is not model and done.any():
+        wanted = told if told.ndim == 1 else told[:, 0]
+        done = (logits.argmax(1) == wanted) == (targeted is True) if own else torch.ones_like(wanted, dtype=torch.bool)
+        if net is not model and done.any() or not own:
             with torch.no_grad():
                 done[done.clone()] = (model(x_adv[done]).argmax(1) == wanted[done]) == (targeted is True)
         return done
 
-    with still(model):
+    with still(model), still(net):
         for _, target in _rounds(model, x, y, restarts, targeted):
             if len(alive) == 0:
                 break
