@@ -2,15 +2,19 @@
 
 Images are float tensors in [0, 1], eps is in the same units, labels are required: which label an attack pushes
 away from decides what its score means (notebook 17). No attack changes the model's mode, its statistics, its
-gradients or which parameters require them.
+gradients or which parameters require them. Ours are here; those of libraries in ``library_attacks``, those made
+for one kind of network in ``adaptive``.
 """
 
 import contextlib
+import functools
+import math
 
 import torch
 from torch.nn import functional as F
 
-NORMS = ("linf", "l2")
+from .balls import NORMS, project, random_delta, steepest
+from .fast import twin
 
 
 @contextlib.contextmanager
@@ -39,39 +43,65 @@ def still(model):
             m.training = training
 
 
-def input_gradient(model, x, y):
-    """Gradient of the summed cross-entropy in the input, same shape as x."""
+# --- what an attack raises: one number an image, the higher the more wrong ---------------------------------------
+
+
+def cross_entropy(logits, y):
+    """-log softmax(z)_y."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits, y):
+    """max_{j != y} z_j - z_y: positive if and only if the image is misclassified."""
+    own = logits.gather(1, y[:, None])
+    return (logits.scatter(1, y[:, None], -math.inf).amax(1, keepdim=True) - own)[:, 0]
+
+
+def dlr(logits, y):
+    """Margin over the distance of the largest and third largest logit: no scaling of the logits hides its gradient.
+
+    Source: Croce and Hein, ICML 2020, arXiv:2003.01690, equation 6.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"the DLR loss needs at least 3 classes, got {logits.shape[1]}")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def _towards(logits, y, target, loss):
+    """The same three, raised to reach ``target`` from the true label y (MultiTargeted: arXiv:1910.09338)."""
+    if loss == "ce":
+        return -cross_entropy(logits, target)
+    lead = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+    if loss == "margin":
+        return lead
+    if logits.shape[1] < 4:
+        raise ValueError(f"the targeted DLR loss needs at least 4 classes, got {logits.shape[1]}")
+    top = logits.topk(4, dim=1).values
+    return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+
+
+def logits_and_gradient(model, x, objective):
+    """The logits at x, and the gradient of ``objective(logits)``, summed over images, in x."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)[0]
+        logits = model(x)
+        return logits.detach(), torch.autograd.grad(objective(logits).sum(), x)[0]
 
 
-def _length(delta):
-    """L2 norm of each example, shaped to broadcast: (N, *) -> (N, 1, ..., 1)."""
-    return delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.ndim - 1))
-
-
-def random_delta(x, eps, norm="linf"):
-    """A uniform draw from the eps ball, one an example."""
-    if norm == "linf":
-        return torch.empty_like(x).uniform_(-eps, eps)
-    direction, dims = torch.randn_like(x), x[0].numel()
-    radius = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype) ** (1 / dims)
-    return eps * radius * direction / _length(direction).clamp_min(1e-12)
-
-
-def project(x, delta, eps, norm="linf"):
-    """The nearest delta in the ball with x + delta in [0, 1]; returns x + delta."""
-    if norm == "linf":
-        delta = delta.clamp(-eps, eps)
-    else:
-        delta = delta * (eps / _length(delta).clamp_min(1e-12)).clamp_max(1)
-    return (x + delta).clamp(0, 1)
-
-
-def steepest(gradient, norm="linf"):
-    """The unit step that increases the linearised loss most: sign for L-inf, the direction itself for L2."""
-    return gradient.sign() if norm == "linf" else gradient / _length(gradient).clamp_min(1e-12)
+def input_gradient(model, x, y):
+    """Gradient of the summed cross-entropy in the input, same shape as x."""
+    return logits_and_gradient(model, x, lambda logits: cross_entropy(logits, y))[1]
 
 
 def _check(x, y, eps, norm):
@@ -89,17 +119,59 @@ def _check(x, y, eps, norm):
         )
 
 
-def ascend(model, x, y, delta, *, eps, step_size, steps, norm="linf", sign=1):
-    """Projected gradient ascent on the cross-entropy from x + delta, the model as it is; ``sign=-1`` descends."""
-    x_adv = project(x, delta, eps, norm)
-    for _ in range(steps):
-        step = sign * step_size * steepest(input_gradient(model, x_adv, y), norm)
+def ascend(
+    model, x, y, delta, *, eps, step_size, steps, norm="linf", sign=1, loss=cross_entropy, momentum=0.0,
+    schedule="constant", broken=None, gradient=logits_and_gradient,
+):  # fmt: skip
+    """Projected gradient ascent on ``loss(logits, y)`` from x + delta, the model as it is; ``sign=-1`` descends.
+
+    Parameters
+    ----------
+    y : Tensor, shape (N,) or (N, any)
+        What ``loss`` is told of each image.
+    momentum : float
+        Weight of the earlier gradients, each scaled to mean size 1 (MI-FGSM, arXiv:1710.06081).
+    schedule : str or callable
+        Factor of the step size as a function of the share of steps done.
+    broken : callable, optional
+        ``broken(x_adv, y, logits)`` -> bool (N,): these images stay where they are and leave the batch.
+    gradient : callable
+        In place of ``logits_and_gradient``.
+    """
+    factor = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    x_adv, velocity = project(x, delta, eps, norm), None
+    result, rows = x_adv, None
+    for i in range(steps):
+        logits, g = gradient(model, x_adv, functools.partial(_told, loss, y))
+        if broken is not None and (done := broken(x_adv, y, logits)).any():
+            rows = torch.arange(len(x), device=x.device) if rows is None else rows
+            result = result.clone() if result is x_adv else result
+            result[rows[done]], keep = x_adv[done], ~done
+            x, y, x_adv, g, rows = (v[keep] for v in (x, y, x_adv, g, rows))
+            velocity = velocity if velocity is None else velocity[keep]
+            if len(x) == 0:
+                return result
+        if momentum:
+            g = g / g.flatten(1).abs().mean(1).clamp_min(1e-30).view(-1, *[1] * (x.ndim - 1))
+            velocity = g if velocity is None else momentum * velocity + g
+            g = velocity
+        if norm == "l1":  # a pixel at 0 or 1 cannot go further: leave the step to others
+            g = torch.where((x_adv <= 0) & (sign * g < 0) | (x_adv >= 1) & (sign * g > 0), 0, g)
+        step = sign * step_size * factor(i / steps) * steepest(g, norm)
         x_adv = project(x, x_adv + step - x, eps, norm)
-    return x_adv
+    if rows is None:
+        return x_adv
+    result[rows] = x_adv
+    return result
+
+
+def _told(loss, y, logits):
+    return loss(logits, y)
 
 
 def pgd(
-    model, x, y, *, eps, step_size=None, steps=10, restarts=1, norm="linf", targeted=False, random_start=True
+    model, x, y, *, eps, step_size=None, steps=10, restarts=1, norm="linf", targeted=False, random_start=True,
+    loss="ce", momentum=0.0, schedule="constant", early_stop=False, fast=True, surrogate=None, gradient=None,
 ):  # fmt: skip
     """Projected gradient descent.
 
@@ -109,16 +181,34 @@ def pgd(
         (N, C, H, W) images in [0, 1] -> (N, classes) logits. Used in eval mode.
     x : Tensor, shape (N, C, H, W)
     y : Tensor, shape (N,)
-        Labels to leave, or to reach when ``targeted``.
+        Labels to leave, or to reach when ``targeted`` is True.
     eps : float
         Radius of the ball, pixel units.
     step_size : float, optional
         Default 2.5 eps / steps.
     steps, restarts : int
         Later restarts attack only the images that still stand, and the result is the worst case of each image.
-    norm : {"linf", "l2"}
+    norm : {"linf", "l2", "l1"}
+    targeted : bool or "all"
+        "all": y are the labels to leave, and every other class is the target once, the likeliest first; a restart
+        is then one round over all of them.
     random_start : bool
         Fresh uniform draw from the ball at every call and restart.
+    loss : {"ce", "margin", "dlr"}
+    momentum : float
+        See ``ascend``; 0 is plain PGD.
+    schedule : {"constant", "linear", "cosine"} or callable
+        Factor of the step size by the share of steps done.
+    early_stop : bool
+        An image that is broken at any step stays there and leaves the batch. It then counts as broken even if a later
+        step would have mended it, so this finds at least what the last step alone does.
+    fast : bool
+        Take the steps on ``fast.twin(model)``: the same logits and gradients up to rounding. Success is judged on the
+        model itself.
+    surrogate : Module, optional
+        Another network whose gradients lead the steps: transfer, or the model with a replaced backward pass.
+    gradient : callable, optional
+        In place of ``logits_and_gradient``, for adaptive attacks.
 
     Returns
     -------
@@ -132,25 +222,56 @@ def pgd(
         raise ValueError(f"pgd needs steps >= 1 and restarts >= 1, got {steps} and {restarts}")
     if restarts > 1 and not random_start:
         raise ValueError("restarts > 1 without random_start would repeat the same attack")
-    step_size = 2.5 * eps / steps if step_size is None else step_size
-    sign = -1 if targeted else 1
+    if loss not in LOSSES or targeted not in (False, True, "all"):
+        raise ValueError(f"loss must be one of {tuple(LOSSES)}, targeted False, True or 'all': {loss!r}, {targeted!r}")
+    if schedule not in SCHEDULES and not callable(schedule):
+        raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a function, got {schedule!r}")
+    sign, raised = (-1 if targeted is True else 1), LOSSES[loss]
+    options = dict(eps=eps, steps=steps, norm=norm, momentum=momentum, schedule=schedule)
+    options |= {} if gradient is None else {"gradient": gradient}
+    options["step_size"] = 2.5 * eps / steps if step_size is None else step_size
     best, best_loss = x.clone(), torch.full((len(x),), -float("inf"), device=x.device)
     alive = torch.arange(len(x), device=x.device)
-    with still(model):
-        for _ in range(restarts):
+    net = model if surrogate is None else surrogate
+    net = twin(net) if fast and steps * restarts >= 4 else net  # a copy costs as much as about two steps
+    own = surrogate is None and gradient is None  # the logits that come with the gradient are the model's
+
+    def broken(x_adv, told, logits):
+        wanted = told if told.ndim == 1 else told[:, 0]
+        done = (logits.argmax(1) == wanted) == (targeted is True) if own else torch.ones_like(wanted, dtype=torch.bool)
+        if net is not model and done.any() or not own:
+            with torch.no_grad():
+                done[done.clone()] = (model(x_adv[done]).argmax(1) == wanted[done]) == (targeted is True)
+        return done
+
+    with still(model), still(net):
+        for _, target in _rounds(model, x, y, restarts, targeted):
             if len(alive) == 0:
                 break
             xa, ya = x[alive], y[alive]
             delta = random_delta(xa, eps, norm) if random_start else torch.zeros_like(xa)
-            adv = ascend(model, xa, ya, delta, eps=eps, step_size=step_size, steps=steps, norm=norm, sign=sign)
+            told, aim = ya, raised
+            if target is not None:
+                told, aim = torch.stack([ya, target[alive]], 1), lambda z, t: _towards(z, t[:, 0], t[:, 1], loss)
+            stop = broken if early_stop else None
+            adv = ascend(net, xa, told, delta, sign=sign, loss=aim, broken=stop, **options)
             with torch.no_grad():
                 logits = model(adv).float()
-                loss = sign * F.cross_entropy(logits, ya, reduction="none")
-            done = (logits.argmax(1) == ya) == targeted
-            better = done | (loss > best_loss[alive])
-            best[alive[better]], best_loss[alive[better]] = adv[better], loss[better]
+                value = sign * raised(logits, ya)
+            done = (logits.argmax(1) == ya) == (targeted is True)
+            better = done | (value > best_loss[alive])
+            best[alive[better]], best_loss[alive[better]] = adv[better], value[better]
             alive = alive[~done]
     return best
+
+
+def _rounds(model, x, y, restarts, targeted):
+    """(restart, target of each image or None), in the order in which they are tried."""
+    if targeted != "all" or len(x) == 0:
+        return [(r, None) for r in range(restarts)]
+    with torch.no_grad():
+        order = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # the last one is y itself
+    return [(r, order[:, k]) for r in range(restarts) for k in range(order.shape[1] - 1)]
 
 
 def fgsm(model, x, y, *, eps, norm="linf", targeted=False):

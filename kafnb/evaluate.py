@@ -1,14 +1,17 @@
 """Clean and robust accuracy, with the label protocol as an explicit choice."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from .attacks import still
 from .data import Data
 
 LABELS = ("true", "predicted")
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +57,13 @@ def wilson(successes, n, confidence=0.95):
     return float(interval.low), float(interval.high)
 
 
+def worst_case(*scores):
+    """The union of several attacks on the same images: an image counts if it stood all of them."""
+    if len({(s.n, s.labels) for s in scores}) != 1:
+        raise ValueError(f"worst_case needs scores of the same images and labels, got {[str(s) for s in scores]}")
+    return Score(np.logical_and.reduce([s.correct for s in scores]), scores[0].labels)
+
+
 def _images(data, n):
     x, y = data.test(n) if isinstance(data, Data) else (data[0][:n], data[1][:n])
     if len(x) == 0 or len(x) != len(y):
@@ -76,7 +86,9 @@ def clean_accuracy(model, data, *, n=None, batch_size=512):
     return Score((predict(model, x, batch_size) == y.cpu()).numpy(), "none")
 
 
-def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=512, seed=0):
+def robust_accuracy(
+    model, data, attack, labels="true", *, n=None, batch_size=512, seed=0, precision="float32", progress=False
+):  # fmt: skip
     """Accuracy under attack.
 
     Parameters
@@ -84,8 +96,9 @@ def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=51
     model : Module
         Left exactly as it was: mode, statistics, gradients; the global random generators too.
     data : Data or (images, labels)
-    attack : callable
-        ``attack(model, x, y) -> x_adv``, e.g. ``functools.partial(kafnb.attacks.pgd, eps=8 / 255)``.
+    attack : callable or list of callables
+        ``attack(model, x, y) -> x_adv``, e.g. ``functools.partial(kafnb.attacks.pgd, eps=8 / 255)``. Of several an
+        image must stand all; with true labels, each attacks only what stood those before it.
     labels : {"true", "predicted"}
         What the attack is told. "true": the honest protocol; an image that is wrong already counts as broken.
         "predicted": the thesis' protocol, where the attack pushes away from the model's own answer while the
@@ -94,6 +107,10 @@ def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=51
         First n test images; all by default.
     seed : int
         Of the attack's random starts.
+    precision : {"float32", "bfloat16", "float16"}
+        Of the attack's own passes, by autocast. Answers are always taken without it.
+    progress : bool
+        A bar with the accuracy so far.
 
     Returns
     -------
@@ -101,17 +118,32 @@ def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=51
     """
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {LABELS}, got {labels!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {precision!r}")
     x, y = _images(data, n)
+    attacks = list(attack) if isinstance(attack, list | tuple) else [attack]
     device = next(model.parameters()).device
-    answer = predict(model, x, batch_size)
-    told = y.cpu() if labels == "true" else answer
-    correct = (answer == y.cpu()).numpy()
+    answer, truth = predict(model, x, batch_size), y.cpu()
+    told = truth if labels == "true" else answer
+    correct = (answer == truth).numpy()
     attacked = torch.from_numpy(np.flatnonzero(correct)) if labels == "true" else torch.arange(len(x))
-    with torch.random.fork_rng():
+    lower = contextlib.nullcontext()
+    if PRECISIONS[precision]:
+        lower = torch.autocast(device.type, PRECISIONS[precision])
+    bar = tqdm(total=len(attacked), unit="image", leave=False, disable=not progress)
+    with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)
         for batch in attacked.split(batch_size):
-            if len(batch) == 0:  # nothing left to attack
-                continue
-            x_adv = attack(model, x[batch].to(device), told[batch].to(device))
-            correct[batch.numpy()] = (predict(model, x_adv, batch_size) == y.cpu()[batch]).numpy()
+            standing = torch.ones(len(batch), dtype=torch.bool)
+            for one in attacks:
+                rows = standing.nonzero()[:, 0] if labels == "true" else torch.arange(len(batch))
+                if len(rows) == 0:  # nothing left to attack
+                    continue
+                with lower:
+                    x_adv = one(model, x[batch[rows]].to(device), told[batch[rows]].to(device))
+                standing[rows] &= predict(model, x_adv.to(x.dtype), batch_size) == truth[batch[rows]]
+            correct[batch.numpy()] = standing.numpy()
+            bar.update(len(batch))
+            done = int(batch[-1]) + 1 if len(batch) else 0
+            bar.set_postfix(accuracy=f"{correct[:done].mean():.3f}" if done else "")
     return Score(correct, labels)

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import attacks, models
+from . import adaptive, attacks, library_attacks, models
+from .activations import pick
 from .data import load_data
 from .evaluate import LABELS, Score, clean_accuracy, robust_accuracy
 from .paths import VERSION, home
@@ -86,17 +87,35 @@ class Experiment:
             return models.build(self.model, self.activation, data, **dict(self.options))
 
 
+# name of an attack -> (where it is, fields of Evaluation that it takes beside eps)
+_STEPS = ("steps", "step_size", "restarts", "norm", "loss", "early_stop", "targeted")
+ATTACKS = {
+    "fgsm": (attacks, ("norm",)),
+    "pgd": (attacks, _STEPS),
+    "autoattack": (library_attacks, ("norm",)),
+    "square": (library_attacks, ("norm", "queries")),
+    "cw": (library_attacks, ()),
+    "deepfool": (library_attacks, ()),
+} | {name: (adaptive, _STEPS) for name in ("neighbours", "kwta_smooth", "kwta_both", "double", "kaf_tails", "kaf_annealed")}  # fmt: skip
+TITLES = {"fgsm": "FGSM", "pgd": "PGD", "autoattack": "AutoAttack", "square": "Square", "cw": "C&W", "deepfool": "DeepFool"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """One measurement of a trained model on the first n test images.
 
     Attributes
     ----------
-    attack : {"none", "fgsm", "pgd"}
-        "none" is clean accuracy.
+    attack : str
+        "none" is clean accuracy; else a key of ``ATTACKS``, the function of that name in ``attacks``,
+        ``library_attacks`` or ``adaptive``. Each takes of the fields below what it knows.
     labels : {"true", "predicted"}
         See ``kafnb.evaluate.robust_accuracy``.
     eps, step_size : float, pixel units
+    steps, restarts, norm, loss, early_stop, targeted
+        See ``kafnb.attacks.pgd``.
+    queries : int
+        Of the Square attack.
     """
 
     attack: str = "none"
@@ -108,10 +127,14 @@ class Evaluation:
     labels: str = "true"
     n: int | None = None
     seed: int = 0
+    loss: str = "ce"
+    early_stop: bool = False
+    targeted: bool | str = False
+    queries: int = 5000
 
     def __post_init__(self):
-        if self.attack not in ("none", "fgsm", "pgd"):
-            raise ValueError(f"attack must be 'none', 'fgsm' or 'pgd', got {self.attack!r}")
+        if self.attack != "none":
+            pick(ATTACKS, self.attack, "attack")
         if self.labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {self.labels!r}")
 
@@ -119,16 +142,19 @@ class Evaluation:
     def name(self):
         if self.attack == "none":
             return "clean"
-        label = f"PGD-{self.steps}-{self.restarts}" if self.attack == "pgd" else "FGSM"
+        takes, label = ATTACKS[self.attack][1], TITLES.get(self.attack, self.attack)
+        label += f"-{self.steps}-{self.restarts}" if "steps" in takes else ""
+        label += f"-{self.queries}" if "queries" in takes else ""
+        label += f"-{self.loss}" if self.loss != "ce" else ""
+        label += "-all-targets" if self.targeted == "all" else ""
         return f"{label} ({self.labels} labels)"
 
     def __call__(self, model, data):
         if self.attack == "none":
             return clean_accuracy(model, data, n=self.n)
-        options = dict(eps=self.eps, norm=self.norm)
-        if self.attack == "pgd":
-            options |= dict(steps=self.steps, step_size=self.step_size, restarts=self.restarts)
-        attack = functools.partial(getattr(attacks, self.attack), **options)
+        module, takes = ATTACKS[self.attack]
+        options = {"eps": self.eps} | {field: getattr(self, field) for field in takes}
+        attack = functools.partial(getattr(module, self.attack), **options)
         return robust_accuracy(model, data, attack, self.labels, n=self.n, seed=self.seed)
 
 

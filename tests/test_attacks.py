@@ -24,7 +24,7 @@ def test_pgd_stays_in_ball_and_box(norm, eps, step_size, steps, restarts, target
         )
     assert adv.shape == x.shape and adv.min() >= 0 and adv.max() <= 1
     delta = (adv - x).flatten(1)
-    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    size = torch.linalg.vector_norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[norm], dim=1)
     assert size.max() <= eps + 1e-5
 
 
@@ -38,8 +38,9 @@ def test_random_starts_are_fresh_and_uniform(net, images, norm):
     if norm == "linf":
         assert abs(delta.mean()) < 0.003 and delta.std() == pytest.approx(0.2 / np.sqrt(12), rel=0.05)
     else:  # in a ball of dimension 4 the share within radius r is r^4
-        inside = (delta.norm(dim=1) < 0.05).float().mean()
-        assert inside == pytest.approx(0.5**4, abs=0.02) and delta.norm(dim=1).max() <= 0.1 + 1e-6
+        length = torch.linalg.vector_norm(delta, {"l2": 2, "l1": 1}[norm], dim=1)
+        assert (length < 0.05).float().mean() == pytest.approx(0.5**4, abs=0.02) and length.max() <= 0.1 + 1e-6
+        assert abs(delta.mean()) < 0.002
 
 
 def _art(net):
@@ -71,7 +72,7 @@ def test_equal_to_an_independent_library(images, norm):
     )
     theirs = pgd.generate(x.numpy(), onehot)
     net.eval()
-    ours = attacks.pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=norm, random_start=False)
+    ours = attacks.pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=norm, random_start=False, fast=False)
     # rounding may turn the sign of a gradient that is nearly zero: allow that in one pixel of a thousand
     assert (np.abs(ours.numpy() - theirs) > 1e-5).mean() < 1e-3
 

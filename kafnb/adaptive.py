@@ -1,0 +1,174 @@
+"""Attacks made for one kind of network: where its gradients mislead, they take others. Success is judged on the model.
+
+Source of the method: Tramer, Carlini, Brendel, Madry, NeurIPS 2020, arXiv:2002.08347; replaced backward passes
+(BPDA) and averaged gradients: Athalye, Carlini, Wagner, ICML 2018, arXiv:1802.00420.
+"""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+
+from .attacks import logits_and_gradient, pgd
+from .balls import random_delta
+from .kaf import KAF
+from .kwta import KWTA
+
+
+def _swapped(model, kind, make):
+    """A copy of the model with ``make(module)`` in place of each module of ``kind``."""
+    if isinstance(model, kind):
+        return make(model)
+    out = copy.deepcopy(model)
+    for name, child in list(out.named_modules()):
+        if isinstance(child, kind):
+            parent = out.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], make(child))
+    return out.requires_grad_(False).eval()
+
+
+def averaged(draws, radius):
+    """A gradient for ``pgd``: the mean over ``draws`` uniform neighbours within ``radius`` (L-inf, pixel units)."""
+
+    def gradient(model, x, objective):
+        total = 0
+        for _ in range(draws):
+            near = (x + random_delta(x, radius)).clamp(0, 1)
+            logits, g = logits_and_gradient(model, near, objective)
+            total = total + g
+        return logits, total / draws
+
+    return gradient
+
+
+# --- k-WTA -------------------------------------------------------------------------------------------------------
+
+
+class SmoothKWTA(nn.Module):
+    """k-WTA whose backward pass is that of x * sigmoid((x - threshold) / temperature); forward as it is."""
+
+    def __init__(self, layer, temperature):
+        super().__init__()
+        self.layer, self.temperature = layer, temperature
+
+    def forward(self, x):
+        flat = x.detach().flatten(1)
+        k = max(1, round(self.layer.ratio * flat.shape[1]))
+        threshold = flat.kthvalue(flat.shape[1] - k + 1, dim=1).values.view(-1, *[1] * (x.ndim - 1))
+        # in units of the layer's own spread, so that one temperature serves all layers
+        spread = flat.std(1).clamp_min(1e-6).view_as(threshold)
+        soft = x * torch.sigmoid((x - threshold) / (self.temperature * spread))
+        return self.layer(x).detach() + soft - soft.detach()
+
+
+def neighbours(model, x, y, *, eps, draws=4, radius=None, **options):
+    """PGD along the gradient averaged over random neighbours, which sees past the jumps of k-WTA."""
+    return pgd(model, x, y, eps=eps, gradient=averaged(draws, eps / 10 if radius is None else radius), **options)
+
+
+def kwta_smooth(model, x, y, *, eps, temperature=0.2, **options):
+    """PGD with every k-WTA's backward pass replaced by a smooth one (``SmoothKWTA``)."""
+    surrogate = _swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
+    return pgd(model, x, y, eps=eps, surrogate=surrogate, **options)
+
+
+def kwta_both(model, x, y, *, eps, temperature=0.2, draws=4, radius=None, **options):
+    """The smooth backward pass, averaged over random neighbours."""
+    surrogate = _swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
+    gradient = averaged(draws, eps / 10 if radius is None else radius)
+    return pgd(model, x, y, eps=eps, surrogate=surrogate, gradient=gradient, **options)
+
+
+# --- KAF ---------------------------------------------------------------------------------------------------------
+
+
+class Double(nn.Module):
+    """The model in float64, for gradients that neither underflow nor round to zero."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = copy.deepcopy(model).double()
+
+    def forward(self, x):
+        return self.model(x.double())
+
+
+class OpenTails(nn.Module):
+    """A KAF whose backward pass beyond ``reach`` is that at ``reach``: a saturated unit passes a gradient on."""
+
+    def __init__(self, layer, reach=1.0):
+        super().__init__()
+        self.layer, self.reach = layer, reach * layer.boundary
+
+    def forward(self, x):
+        inside = x.detach().clamp(-self.reach, self.reach)
+        held = self.layer(inside + (x - x.detach()))  # its slope in x is f'(inside)
+        return held + (self.layer(x) - held).detach()
+
+
+def smoothed(layer, tau):
+    """The KAF averaged over normal noise of standard deviation ``tau`` on its input: a KAF again.
+
+    A Gaussian kernel of bandwidth gamma becomes one of gamma / s, s = 1 + 2 gamma tau^2, and its coefficients
+    shrink by sqrt(s).
+    """
+    if layer.kernels != ("gaussian",):
+        raise ValueError(f"only Gaussian KAFs are smoothed in closed form, got kernel {layer.kernels}")
+    out = copy.deepcopy(layer)
+    with torch.no_grad():
+        s = 1 + 2 * layer.bandwidth * tau**2
+        out.alpha.div_(s.sqrt().view(-1, 1))
+        if layer.grid is None:
+            out.log_bandwidth.sub_(s.log())
+        else:
+            out.grid = layer.grid._replace(gamma=layer.grid.gamma / float(s))
+            out._grid_text = str(out.grid) if out.grid.in_range() else None
+    return out
+
+
+class _Annealed:
+    """A gradient for ``pgd`` that takes the next network after each equal share of the steps."""
+
+    def __init__(self, nets, steps):
+        self.nets, self.steps, self.calls = nets, steps, 0
+
+    def __call__(self, model, x, objective):
+        net = self.nets[self.calls % self.steps * len(self.nets) // self.steps]
+        self.calls += 1
+        return logits_and_gradient(net, x, objective)
+
+
+def double(model, x, y, *, eps, **options):
+    """PGD with gradients in float64."""
+    return pgd(model, x, y, eps=eps, surrogate=Double(model), **options)
+
+
+def kaf_tails(model, x, y, *, eps, reach=1.0, **options):
+    """PGD with the KAFs' tails replaced in the backward pass (``OpenTails``)."""
+    surrogate = _swapped(model, KAF, functools.partial(OpenTails, reach=reach))
+    return pgd(model, x, y, eps=eps, surrogate=surrogate, **options)
+
+
+def kaf_annealed(model, x, y, *, eps, steps=20, widths=(0.5, 0.25, 0.1, 0.0), **options):
+    """PGD that begins on a smoothed network and ends on the model: each KAF averaged over noise of ``widths``."""
+    nets = [_swapped(model, KAF, functools.partial(smoothed, tau=tau)) if tau else model for tau in widths]
+    return pgd(model, x, y, eps=eps, steps=steps, gradient=_Annealed(nets, steps), **options)
+
+
+def transfer(model, x, y, *, eps, source, **options):
+    """PGD on another network, ``source``; black box as far as the model is concerned."""
+    return pgd(model, x, y, eps=eps, surrogate=source, **options)
+
+
+def suite(model, source=None):
+    """name -> attack, everything here that concerns this model; call each as ``attack(model, x, y, eps=..., ...)``."""
+    out = {"neighbours": neighbours}
+    if any(isinstance(m, KWTA) for m in model.modules()):
+        out |= {"kwta_smooth": kwta_smooth, "kwta_both": kwta_both}
+    kafs = [m for m in model.modules() if isinstance(m, KAF)]
+    if kafs:
+        out |= {"double": double, "kaf_tails": kaf_tails}
+    if kafs and all(m.kernels == ("gaussian",) for m in kafs):
+        out["kaf_annealed"] = kaf_annealed
+    return out if source is None else out | {"transfer": functools.partial(transfer, source=source)}

@@ -1,0 +1,144 @@
+"""Is a robust accuracy real, or are the gradients hidden? A list of checks, run on any model with one call.
+
+After Carlini et al., "On evaluating adversarial robustness", 2019, arXiv:1902.06705, section 5; Athalye, Carlini,
+Wagner, ICML 2018, arXiv:1802.00420, section 3.1; and the checks in AutoAttack's code (arXiv:2003.01690).
+"""
+
+import functools
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .adaptive import transfer
+from .attacks import cross_entropy, fgsm, input_gradient, pgd, still
+from .evaluate import _images, robust_accuracy
+from .library_attacks import square
+
+TOLERANCE = 0.02  # share of images by which one attack may beat a stronger one before it is a finding
+LIMITS = {"softmax outputs": 0.0, "randomness": 1e-4, "zeros in the gradient": 0.1, "gradient against differences": 0.1}
+
+EXPLANATIONS = {
+    "softmax outputs": "Outputs in [0, 1] that sum to 1 are probabilities; losses on them saturate. Attack the logits.",
+    "randomness": "Two passes over the same images differ: attack the average over draws, not one draw.",
+    "images without gradient": "Share of images whose input gradient is exactly zero: no gradient attack can move them.",
+    "zeros in the gradient": "Share of gradient entries that are exactly zero: underflow or dead units block the way.",
+    "gradient against differences": "Share of images on which a small step along the gradient changes the loss by less "
+    "than half or more than twice what the gradient says: it describes another function.",
+    "one step beats many": "Share of images that one step breaks and many do not; many include the one.",
+    "transfer beats white box": "Share that falls to another network's adversarial images but not to its own.",
+    "Square beats white box": "Share that falls to random search without gradients but not to gradients.",
+    "large eps": "Share still right at eps 0.5, where every image can become grey: a working attack leaves none.",
+    "more steps help": "Share that falls only to five times the steps: the attack had not converged.",
+    "more restarts help": "Share that falls only to five restarts more: the loss surface is rugged.",
+}
+
+
+def _outputs(model, x, y):
+    """The checks that need no attack: name -> value."""
+    with still(model):
+        with torch.no_grad():
+            first, second = model(x), model(x)
+        probable = first.min() > -1e-5 and first.max() < 1 + 1e-5 and ((first.sum(1) - 1).abs() < 1e-5).all()
+        right = first.argmax(1) == y
+        g = input_gradient(model, x[right], y[right]).flatten(1)
+        return {
+            "softmax outputs": float(probable),
+            "randomness": float((first - second).abs().max() / first.abs().max().clamp_min(1e-12)),
+            "images without gradient": float((g == 0).all(1).float().mean()) if len(g) else 0.0,
+            "zeros in the gradient": float((g == 0).float().mean()) if len(g) else 0.0,
+            "gradient against differences": _mismatch(model, x[right], y[right], g.view_as(x[right])),
+        }
+
+
+def _mismatch(model, x, y, g, step=0.01):
+    """Share of images whose loss, a step of L2 length ``step`` along the gradient, is off by more than a factor of 2."""
+    if len(x) == 0:
+        return 0.0
+    length = g.flatten(1).norm(dim=1)
+    direction = g / length.clamp_min(1e-30).view(-1, *[1] * (x.ndim - 1))
+    with torch.no_grad():
+        ahead, behind = (cross_entropy(model(x + s * step * direction).double(), y) for s in (0.5, -0.5))
+    ratio = (ahead - behind) / (step * length.double()).clamp_min(1e-30)
+    return float(((ratio < 0.5) | (ratio > 2)).double().mean())
+
+
+def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, seed=0):
+    """Run every check on the first n test images.
+
+    Parameters
+    ----------
+    model : Module
+        Left as it was.
+    data : Data or (images, labels)
+    eps : float
+        L-inf radius at which the model is said to be robust, pixel units.
+    source : Module, optional
+        Another network of the same task, for the transfer check; without it that check is left out.
+    steps : int
+        Of the reference attack, PGD with 2 restarts and steps of eps / 4.
+    queries : int
+        Of the Square attack.
+
+    Returns
+    -------
+    DataFrame
+        One row a check: check, value (what the explanation names), limit, finding (bool), explanation.
+    """
+    x, y = (t.to(next(model.parameters()).device) for t in _images(data, n))
+    values = _outputs(model, x, y)
+    options = dict(eps=eps, step_size=eps / 4, early_stop=True)
+    stands = functools.partial(_stands, model, seed=seed)
+    left = torch.from_numpy(stands((x, y), pgd, steps=steps, restarts=2, **options)).to(x.device)
+
+    def beyond(attack, **changes):
+        """Share of the images that stand the reference attack and fall to this one."""
+        return float((~stands((x[left], y[left]), attack, **changes)).sum() / len(x)) if left.any() else 0.0
+
+    values["one step beats many"] = beyond(fgsm, eps=eps)
+    if source is not None:
+        values["transfer beats white box"] = beyond(transfer, source=source, steps=steps, **options)
+    values["Square beats white box"] = beyond(square, eps=eps, queries=queries)
+    large = dict(eps=0.5, steps=5 * steps, step_size=0.05, early_stop=True)
+    values["large eps"] = float(stands((x, y), pgd, **large).mean())
+    values["more steps help"] = beyond(pgd, steps=5 * steps, **options)
+    values["more restarts help"] = beyond(pgd, steps=steps, restarts=5, **options)
+    rows = [(k, v, LIMITS.get(k, TOLERANCE)) for k, v in values.items()]
+    return pd.DataFrame(
+        [(k, v, limit, v > limit, EXPLANATIONS[k]) for k, v, limit in rows],
+        columns=["check", "value", "limit", "finding", "explanation"],
+    )
+
+
+def _stands(model, data, attack, seed, **options):
+    """bool (n,): which images stand ``attack``."""
+    return robust_accuracy(model, data, functools.partial(attack, **options), seed=seed).correct
+
+
+def loss_surface(model, x, y, *, eps, size=25, seed=0):
+    """Cross-entropy of one image on a plane: the sign of its gradient against a random direction of signs.
+
+    Parameters
+    ----------
+    x : Tensor, shape (C, H, W)
+    y : int
+    size : int
+        Points along each axis, over [-eps, eps].
+
+    Returns
+    -------
+    DataFrame
+        gradient, random (pixel units), loss; size^2 rows.
+    """
+    device = next(model.parameters()).device
+    x, label = x[None].to(device), torch.tensor([y], device=device)
+    generator = torch.Generator().manual_seed(seed)
+    along = torch.from_numpy(np.linspace(-eps, eps, size)).to(x)
+    with still(model):
+        g = input_gradient(model, x, label).sign()
+        across = (2 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x)
+        a, b = torch.meshgrid(along, along, indexing="ij")
+        points = x + a.reshape(-1, 1, 1, 1) * g + b.reshape(-1, 1, 1, 1) * across
+        with torch.no_grad():
+            loss = torch.cat([cross_entropy(model(p), label.expand(len(p))) for p in points.split(256)])
+    return pd.DataFrame({"gradient": a.flatten().cpu(), "random": b.flatten().cpu(), "loss": loss.cpu()})
