@@ -1,7 +1,9 @@
 """One training loop, its recipe and its learning rates. What differs between methods is in ``methods``."""
 
 import dataclasses
+import math
 import time
+import warnings
 
 import pandas as pd
 import torch
@@ -10,8 +12,10 @@ from tqdm.auto import tqdm
 
 from .activations import pick
 from .attacks import pgd
+from .collapse import collapsed, message, watched
 from .data import to_unit
 from .evaluate import clean_accuracy, robust_accuracy
+from .kwta import KWTA
 from .methods import METHODS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +45,12 @@ class Recipe:
         Of the forward passes, by autocast; float16 scales the loss.
     track : int
         After each epoch, clean and PGD-10 accuracy on the first ``track`` test images go into the history.
+    watch : int
+        After each epoch, FGSM and PGD-10 accuracy on the first ``watch`` training images go into the history, and a
+        warning is given when ``collapse.collapsed`` finds that training learns to fool its own attack.
+    kwta_start : float, optional
+        Ratio that k-WTA layers have for the first 40 % of training; then it falls in steps of about 0.01 to each
+        layer's own. With 50 epochs, 0.30 and layers of 0.15: 20 epochs, then a step every 2, as the thesis trains.
     """
 
     method: str = "standard"
@@ -60,6 +70,8 @@ class Recipe:
     augment: str = "none"
     precision: str = "float32"
     track: int = 0
+    watch: int = 0
+    kwta_start: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "lr", tuple(float(v) for v in self.lr))
@@ -71,6 +83,8 @@ class Recipe:
             raise ValueError(f"augment must be 'none', 'crop' or 'crop_flip', got {self.augment!r}")
         if len(self.lr) != 2 or not 0 <= self.lr[0] <= self.lr[1] < float("inf"):
             raise ValueError(f"lr must be (low, high) with 0 <= low <= high, got {self.lr}")
+        if self.kwta_start is not None and not 0 < self.kwta_start <= 1:
+            raise ValueError(f"kwta_start must be in (0, 1], got {self.kwta_start}")
         if self.epochs < 0 or self.batch_size < 1 or self.eps < 0 or self.replays < 1:
             raise ValueError(f"epochs and eps must be >= 0, batch_size and replays >= 1, got {self}")
 
@@ -91,6 +105,12 @@ def triangular(step, total, low, high, peak=0.5):
     top = peak * total
     rising = step / top if step < top else (total - step) / (total - top)
     return low + (high - low) * rising
+
+
+def kwta_ratio(epoch, epochs, start, end):
+    """Ratio of a k-WTA layer in ``epoch`` (from 0) of ``epochs``; see ``Recipe.kwta_start``."""
+    steps, done = max(1, round(abs(start - end) / 0.01)), (epoch + 0.5) / epochs
+    return start + (end - start) * math.ceil(max(0.0, (done - 0.4) / 0.6) * steps) / steps
 
 
 def _optimizer(model, recipe):
@@ -180,7 +200,7 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
     -------
     DataFrame
         One row an epoch: epoch, lr (its last), loss, accuracy (on the perturbed batches), seconds, cpu_seconds, and
-        clean, pgd where the recipe tracks them. If a loss is not finite, training stops: the weights are those of
+        clean, pgd where the recipe tracks them, watch_fgsm, watch_pgd where it watches. If a loss is not finite, training stops: the weights are those of
         the last good epoch and the last row's loss is what it was.
     """
     model.to(device)
@@ -197,6 +217,7 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
     total = epochs * batches * (recipe.replays if recipe.method == "free" else 1)
     step = len(history) * (total // max(epochs, 1))
     lr = recipe.lr[1]
+    ratios = {m: m.ratio for m in model.modules() if isinstance(m, KWTA) and recipe.kwta_start}
 
     def lr_at():
         nonlocal step, lr
@@ -212,6 +233,8 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
         with torch.random.fork_rng():
             torch.manual_seed(1_000_003 * seed + len(history))
             done = len(history) / epochs, (len(history) + 1) / epochs
+            for layer, own in ratios.items():
+                layer.ratio = kwta_ratio(len(history), epochs, recipe.kwta_start, own)
             for values in _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done):
                 sums = [a + b for a, b in zip(sums, values, strict=True)]
         loss = float(sums[0]) / sums[2]
@@ -222,13 +245,19 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
             row["loss"] = float("nan")
         if recipe.track:
             row |= _tracked(model, data, recipe)
+        if recipe.watch:
+            row |= watched(model, data, recipe)
         history.append(row)
+        if recipe.watch and collapsed(history) == row["epoch"]:
+            warnings.warn(message(history, recipe.watch), stacklevel=2)
         if save:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             save(states | {"history": history})
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['accuracy']:.3f}")
     bar.close()
+    for layer, own in ratios.items():
+        layer.ratio = own
     model.eval()
     return pd.DataFrame(history)
 
