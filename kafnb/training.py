@@ -200,8 +200,8 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
     -------
     DataFrame
         One row an epoch: epoch, lr (its last), loss, accuracy (on the perturbed batches), seconds, cpu_seconds, and
-        clean, pgd where the recipe tracks them, watch_fgsm, watch_pgd where it watches. If a loss is not finite, training stops: the weights are those of
-        the last good epoch and the last row's loss is what it was.
+        clean, pgd where the recipe tracks them, watch_fgsm, watch_pgd where it watches. If a loss is not finite,
+        training stops: the weights are those of the last good epoch and the last row's loss is what it was.
     """
     model.to(device)
     x, y = data.x_train.to(device), data.y_train.to(device)

@@ -43,7 +43,7 @@ def test_n_fgsm_steps_from_noise_and_does_not_project(smooth):
     gradient = torch.autograd.grad(F.cross_entropy(model(start), y), start)[0]
     assert torch.allclose((x_adv - noisy)[free], 0.1 * gradient.sign()[free])
     assert 0.1 < (noisy - x).abs().max() <= 0.2 and (x_adv - x).abs().max() > 0.15
-    assert torch.allclose(loss, F.cross_entropy(logits, y)) and 0 <= x_adv.min() and x_adv.max() <= 1
+    assert torch.allclose(loss, F.cross_entropy(logits, y)) and x_adv.min() >= 0 and x_adv.max() <= 1
     weak = learned(model, x, y, "n_fgsm", eps=0.1, strength=0.0)[2]
     assert torch.equal(weak[0], x)  # without noise: FGSM
 
