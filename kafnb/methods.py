@@ -5,6 +5,9 @@
 keeps ``state["progress"]``, the share of all training done, in [0, 1].
 """
 
+import copy
+import time
+
 import torch
 from torch.nn import functional as F
 
@@ -139,3 +142,36 @@ METHODS = {
     "standard": standard, "fgsm": fgsm, "fgsm_rs": fgsm_rs, "pgd": pgd, "free": free, "n_fgsm": n_fgsm,
     "grad_align": grad_align, "trades": trades, "interval": interval, "gaussian": gaussian,
 }  # fmt: skip
+
+
+def cost(model, recipes, x, y, rounds=15):
+    """CPU seconds of one learned batch of each method, measured in turns so that a busy machine slows all alike.
+
+    Parameters
+    ----------
+    model : Module
+        Left as it is: each method works on a copy.
+    recipes : dict
+        Name -> Recipe.
+    rounds : int
+        The lower quartile of so many is taken, after two that do not count.
+
+    Returns
+    -------
+    dict
+        Name -> (seconds, optimiser steps) of one batch.
+    """
+    nets = {name: copy.deepcopy(model).train() for name in recipes}
+    optimizers = {name: torch.optim.SGD(net.parameters(), lr=1e-6) for name, net in nets.items()}
+    seconds, steps = {name: [] for name in recipes}, {}
+    with torch.random.fork_rng():
+        for _ in range(rounds + 2):
+            for name, recipe in recipes.items():
+                started, steps[name] = time.process_time(), 0
+                for _, loss in METHODS[recipe.method](nets[name], x, y, recipe, {"progress": 1.0}):
+                    optimizers[name].zero_grad()
+                    loss.backward()
+                    optimizers[name].step()
+                    steps[name] += 1
+                seconds[name].append(time.process_time() - started)
+    return {name: (sorted(s[2:])[rounds // 4], steps[name]) for name, s in seconds.items()}
