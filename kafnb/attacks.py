@@ -239,7 +239,7 @@ def pgd(
     def broken(x_adv, told, logits):
         wanted = told if told.ndim == 1 else told[:, 0]
         done = (logits.argmax(1) == wanted) == (targeted is True) if own else torch.ones_like(wanted, dtype=torch.bool)
-        if net is not model and done.any() or not own:
+        if (net is not model and done.any()) or not own:
             with torch.no_grad():
                 done[done.clone()] = (model(x_adv[done]).argmax(1) == wanted[done]) == (targeted is True)
         return done

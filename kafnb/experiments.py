@@ -97,7 +97,14 @@ ATTACKS = {
     "cw": (library_attacks, ()),
     "deepfool": (library_attacks, ()),
 } | {name: (adaptive, _STEPS) for name in ("neighbours", "kwta_smooth", "kwta_both", "double", "kaf_tails", "kaf_annealed")}  # fmt: skip
-TITLES = {"fgsm": "FGSM", "pgd": "PGD", "autoattack": "AutoAttack", "square": "Square", "cw": "C&W", "deepfool": "DeepFool"}
+TITLES = {
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "autoattack": "AutoAttack",
+    "square": "Square",
+    "cw": "C&W",
+    "deepfool": "DeepFool",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,10 @@ def test_every_method_learns(tiny, method):
     recipe = Recipe(method, epochs=24, lr=(0.003, 0.3), batch_size=32, eps=0.05, steps=2, replays=3)
     history = fit(models.mlp("swish"), tiny, recipe)
     assert len(history) == training.epochs_of(recipe) == (8 if method == "free" else 24)
-    assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
+    if method == "interval":  # its loss is that of a growing ball
+        assert history.accuracy.iloc[-1] > history.accuracy.iloc[0] + 0.3
+    else:
+        assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
 
 
 @pytest.mark.parametrize("method", ["standard", "fgsm_rs", "free"])

@@ -1,0 +1,92 @@
+"""A detector of adversarial images on a network's activations, and the attack that knows about it."""
+
+import torch
+from torch import nn
+
+from .attacks import project, random_delta, still
+from .curves import CURVES
+from .kwta import KWTA
+
+
+def activation_layers(model):
+    """The activation modules of a network, in order."""
+    return [m for m in model.modules() if type(m) in CURVES or isinstance(m, KWTA)]
+
+
+def features(model, x, layers=None):
+    """Mean and standard deviation of every channel of the given layers, (N, features); differentiable in x."""
+    found, layers = [], activation_layers(model) if layers is None else layers
+    hooks = [layer.register_forward_hook(lambda m, inputs, output: found.append(output)) for layer in layers]
+    try:
+        logits = model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    parts = []
+    for a in found:
+        flat = a.flatten(2) if a.ndim > 2 else a[..., None]  # (N, C, P)
+        parts += [flat.mean(2), flat.var(2, unbiased=False).add(1e-8).sqrt()] if flat.shape[2] > 1 else [flat[..., 0]]
+    return logits, torch.cat(parts, 1)
+
+
+class Detector:
+    """Logistic regression on activations: positive scores say "adversarial".
+
+    In the spirit of Metzen et al., ICLR 2017, arXiv:1702.04267, with a linear detector on channel statistics.
+
+    Parameters
+    ----------
+    model : Module
+    clean, adversarial : Tensors, shape (N, C, H, W)
+        What it is fitted to; scikit-learn does that.
+    """
+
+    def __init__(self, model, clean, adversarial):
+        from sklearn.linear_model import LogisticRegression
+
+        self.model = model
+        with still(model), torch.no_grad():
+            both = torch.cat([features(model, clean)[1], features(model, adversarial)[1]]).double()
+        self.mean, self.scale = both.mean(0), both.std(0).clamp_min(1e-6)
+        target = [0] * len(clean) + [1] * len(adversarial)
+        fitted = LogisticRegression(C=0.1, max_iter=2000).fit(((both - self.mean) / self.scale).cpu().numpy(), target)
+        self.weight = torch.as_tensor(fitted.coef_[0], device=both.device)
+        self.bias = float(fitted.intercept_[0])
+
+    def both(self, x):
+        """(logits of the model, score of the detector), differentiable; the model in the mode it is in."""
+        logits, f = features(self.model, x)
+        return logits, ((f.double() - self.mean) / self.scale) @ self.weight + self.bias
+
+    def score(self, x):
+        """Log-odds that each image is adversarial, float64 (N,)."""
+        with still(self.model), torch.no_grad():
+            return self.both(x)[1]
+
+
+def joint_attack(detector, x, y, *, eps, step_size=None, steps=40, weight=1.0):
+    """PGD on the model's loss minus ``weight`` times the detector's: images that are wrong and look clean.
+
+    Where the image still has its label the model's margin is raised; once it is lost the detector's score is lowered
+    (each image follows what it lacks; Carlini and Wagner, AISec 2017, arXiv:1705.07263). Returns of each image the
+    point along the way that is wrong with the lowest score; the last point if there is none.
+    """
+    step_size = 2.5 * eps / steps if step_size is None else step_size
+    best, best_score = None, torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    with still(detector.model):
+        x_adv = project(x, random_delta(x, eps), eps)
+        best = x_adv.clone()
+        for i in range(steps + 1):
+            x_adv = x_adv.detach().requires_grad_()
+            logits, score = detector.both(x_adv)
+            own = logits.gather(1, y[:, None])[:, 0]
+            margin = logits.scatter(1, y[:, None], -torch.inf).amax(1) - own  # > 0: wrong
+            better = (margin > 0) & (score < best_score)
+            best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_adv.detach(), best)
+            best_score = torch.where(better, score.detach(), best_score)
+            if i < steps:
+                objective = nn.functional.logsigmoid(-score) * weight + margin.clamp_max(0.1)
+                gradient = torch.autograd.grad(objective.sum(), x_adv)[0]
+                x_adv = project(x, x_adv.detach() + step_size * gradient.sign() - x, eps)
+        none = torch.isinf(best_score).view(-1, *[1] * (x.ndim - 1))
+        return torch.where(none, x_adv.detach(), best)
