@@ -1,0 +1,58 @@
+"""Results of several networks on the same test images, compared honestly."""
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from .evaluate import wilson
+
+
+def percent(results):
+    """Table activation x metric of "rate [low, high]" in per cent: all seeds pooled, 95 % Wilson intervals.
+
+    The interval covers the choice of test images, not the luck of training: that is what several seeds show.
+    """
+
+    def cell(group):
+        pooled = np.concatenate(group.correct.tolist())
+        low, high = wilson(int(pooled.sum()), len(pooled))
+        return f"{100 * pooled.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    return results.groupby(["activation", "metric"], sort=False)[["correct"]].apply(cell).unstack(sort=False)
+
+
+def mcnemar(results, metric):
+    """Exact McNemar test of every pair of activations on the images that both saw, seeds pooled.
+
+    Parameters
+    ----------
+    results : DataFrame
+        As ``kafnb.run`` returns it.
+    metric : str
+        One of its metrics.
+
+    Returns
+    -------
+    DataFrame
+        a, b, how many images only one of them gets right, the two-sided p-value, and that times the number of pairs
+        (Bonferroni), most lopsided pair first.
+
+    Source: McNemar, Psychometrika 12, 1947, https://doi.org/10.1007/BF02295996
+    """
+    pooled = (
+        results[results.metric == metric]
+        .groupby("activation", sort=False)
+        .correct.apply(lambda c: np.concatenate(c.tolist()))
+    )
+    if pooled.empty:
+        raise ValueError(f"no metric {metric!r} in these results; there are {', '.join(results.metric.unique())}")
+    pairs, rows = list(combinations(pooled.index, 2)), []
+    for a, b in pairs:
+        only_a, only_b = int((pooled[a] & ~pooled[b]).sum()), int((pooled[b] & ~pooled[a]).sum())
+        p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+        rows.append({"a": a, "b": b, "only a right": only_a, "only b right": only_b, "p": p})
+    table = pd.DataFrame(rows, columns=["a", "b", "only a right", "only b right", "p"])
+    table["p, corrected"] = (len(pairs) * table.p).clip(upper=1)
+    return table.sort_values("p", ignore_index=True)
