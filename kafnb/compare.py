@@ -23,6 +23,26 @@ def percent(results):
     return results.groupby(["activation", "metric"], sort=False)[["correct"]].apply(cell).unstack(sort=False)
 
 
+def difference(results, a, b, metric):
+    """Accuracy of activation a minus that of b on the same images, in points, with its 95 % interval.
+
+    Parameters
+    ----------
+    results : DataFrame
+        As ``kafnb.run`` returns it; the same seeds for both.
+
+    Returns
+    -------
+    (difference, low, high) : per cent points
+        Normal interval of the mean of the paired differences, images and seeds pooled.
+    """
+    chosen = results[results.metric == metric].sort_values("seed").groupby("activation").correct
+    a, b = (np.concatenate(chosen.get_group(name).tolist()).astype(float) for name in (a, b))
+    d = 100 * (a - b)
+    half = 1.96 * d.std(ddof=1) / np.sqrt(len(d))
+    return d.mean(), d.mean() - half, d.mean() + half
+
+
 def mcnemar(results, metric):
     """Exact McNemar test of every pair of activations on the images that both saw, seeds pooled.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import experiments, figures, paths
+from . import experiments, figures, paths, thesis
 from .data import load_data
 from .paths import home
 from .store import Folder, default_store
@@ -30,6 +30,8 @@ class Profile:
         Model name -> epochs.
     lr : float
         Highest learning rate, where a notebook names none.
+    vgg_lr : dict
+        Activation -> highest learning rate of the VGG-inspired network, for which the thesis has one each.
     images : int or None
         Test images that attacks are scored on; None for all.
     steps, restarts : int
@@ -50,6 +52,7 @@ class Profile:
     seeds: int
     augment: str
     precision: str
+    vgg_lr: dict
     needs_gpu: bool = False
 
     @property
@@ -57,12 +60,14 @@ class Profile:
         """2/255 for eps 8/255, as the thesis; the same share of eps elsewhere."""
         return self.eps / 4
 
-    def recipe(self, model, method="fgsm_rs", lr=None, **changes):
+    def recipe(self, model, method="fgsm_rs", lr=None, activation=None, **changes):
         """The thesis' recipe for a model in this profile, with the named fields changed.
 
-        SGD without momentum, one-cycle triangular rate from ``lr`` / 100 up to ``lr``.
+        SGD without momentum, one-cycle triangular rate from ``lr`` / 100 up to ``lr``; without ``lr`` the profile's,
+        for "vgg" that of the ``activation``.
         """
-        lr = self.lr if lr is None else lr
+        if lr is None:
+            lr = self.vgg_lr.get(activation, self.lr) if model == "vgg" else self.lr
         epochs = self.epochs["resnet" if model.startswith("resnet") else model]
         defaults = dict(
             method=method, epochs=epochs, eps=self.eps, lr=(lr / 100, lr), batch_size=self.batch_size,
@@ -78,21 +83,24 @@ class Profile:
         return experiments.Evaluation(attack, labels=labels, **defaults | changes)
 
 
+_THESIS_VGG = {activation: row[1] for activation, row in thesis.VGG.items()}
 PROFILES = {
     "quick": Profile(
-        "quick", data="digits", eps=0.1, epochs={"mlp": 40, "light_cnn": 18, "vgg": 18, "resnet": 18},
+        "quick", data="digits", eps=0.1, epochs={"mlp": 40, "light_cnn": 18, "vgg": 12, "resnet": 18},
         batch_size=64, lr=0.5,
         images=360, steps=10, restarts=2, seeds=1, augment="none", precision="float32",
+        vgg_lr=dict(relu=0.5, elu=0.5, swish=1.0, kaf=3.0, kaf_elu=0.5, kaf_swish=1.5, kaf_free=3.0),
     ),
     "small": Profile(
         "small", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 12, "resnet": 12},
         batch_size=128, lr=0.1,
-        images=1000, steps=50, restarts=2, seeds=1, augment="crop_flip", precision="float32",
+        images=1000, steps=50, restarts=2, seeds=1, augment="crop_flip", precision="float32", vgg_lr=_THESIS_VGG,
     ),
     "paper": Profile(
         "paper", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 60, "resnet": 80},
         batch_size=128, lr=0.1,
-        images=None, steps=50, restarts=10, seeds=3, augment="crop_flip", precision="bfloat16", needs_gpu=True,
+        images=None, steps=50, restarts=10, seeds=3, augment="crop_flip", precision="bfloat16", vgg_lr=_THESIS_VGG,
+        needs_gpu=True,
     ),
 }  # fmt: skip
 

@@ -26,6 +26,13 @@ def test_mcnemar_against_the_binomial(results):
     assert table.loc[("a", "c"), "p"] == 1 and table.loc[("a", "c"), "p, corrected"] == 1
 
 
+def test_difference_is_paired(results):
+    d, low, high = compare.difference(results, "a", "b", "x")
+    assert d == pytest.approx(100 * (results.correct[0].mean() - results.correct[4].mean())) and low < d < high
+    assert compare.difference(results, "a", "c", "x") == (0, 0, 0)  # the same images right: no doubt is left
+    assert high - low < 2 * 196 * np.sqrt(0.25 / 800)  # narrower than unpaired
+
+
 def test_percent_pools_seeds(results):
     cell = compare.percent(results).loc["a", "x"]
     rate, low, high = (float(v) for v in cell.replace("[", "").replace("]", "").replace(",", "").split())
