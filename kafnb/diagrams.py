@@ -1,6 +1,7 @@
 """Pictures of networks, drawn from the networks themselves: neurons with real values, modules with traced shapes."""
 
 import dataclasses
+import itertools
 import operator
 
 import numpy as np
@@ -66,7 +67,7 @@ def _describe(module):
         nn.BatchNorm2d: "BN", nn.Linear: "dense", nn.AdaptiveAvgPool2d: "global average pool", nn.Flatten: "flatten",
         nn.Identity: "identity",
     }  # fmt: skip
-    return names.get(type(module), type(module).__name__)
+    return names.get(type(module), type(module).__name__.strip("_"))
 
 
 _CALLS = {operator.add: "+", torch.cat: "concatenate", torch.relu: "ReLU", torch.flatten: "flatten"}
@@ -161,36 +162,63 @@ def _layout(boxes):
     return level, lane, edges
 
 
-def draw_boxes(ax, boxes, horizontal=False, width=2.6):
-    """Boxes from ``trace`` with arrows: what each does, the shape it gives, its number of parameters."""
+def draw_boxes(ax, boxes, lanes=1, fontsize=8):
+    """Boxes from ``trace`` from top to bottom with arrows: what each does, its shape, its number of parameters.
+
+    Parameters
+    ----------
+    lanes : int
+        Room for at least so many columns, so that several pictures get boxes of one size.
+    """
     level, lane, edges = _layout(boxes)
-    lanes = max([*lane, *edges.values()])
-    # a level with one box stands in the middle
+    width, step, half = 2.6, 1.9, 0.6
+    last = max([*lane, *edges.values()])
+    # a level with one box, and nothing passing it, has that box in the middle
     passed = {k for j, i in edges for k in range(level[j] + 1, level[i])}
     alone = {k for k in level if level.count(k) == 1} - passed
-    side = [(lanes / 2 if k in alone else at) * (width + 0.5) for k, at in zip(level, lane, strict=True)]
-
-    def point(across, along):
-        return (along, -across) if horizontal else (across, -along)
-
-    step = 3.6 if horizontal else 1.7
+    side = [(last / 2 if k in alone else at) * (width + 0.5) for k, at in zip(level, lane, strict=True)]
     for (j, i), run in edges.items():
-        path = [(side[j], level[j] * step)]
+        path = [(side[j], -level[j] * step - half)]
         if level[i] - level[j] > 1:
-            path += [(run * (width + 0.5), (level[j] + 1) * step), (run * (width + 0.5), (level[i] - 1) * step)]
-        path.append((side[i], level[i] * step - (0 if horizontal else 0.58)))
-        xs, ys = zip(*(point(*p) for p in path), strict=True)
-        ax.plot(xs, ys, color="#555555", linewidth=1.1, zorder=1)
-        if not horizontal:
-            ax.annotate("", (xs[-1], ys[-1]), (xs[-2] + 0.9 * (xs[-1] - xs[-2]), ys[-2] + 0.9 * (ys[-1] - ys[-2])),
-                        arrowprops=dict(arrowstyle="-|>", color="#555555", shrinkA=0, shrinkB=0))  # fmt: skip
+            along = run * (width + 0.5)
+            path += [(along, -(level[j] + 1) * step + half), (along, -(level[i] - 1) * step - half)]
+        for near, far in itertools.pairwise([*path, (side[i], -level[i] * step + half + 0.04)]):
+            ax.plot(*zip(near, far, strict=True), color="#555555", linewidth=1.1, zorder=1)
+        arrow = dict(arrowstyle="-|>", color="#555555", shrinkA=0, shrinkB=0)
+        ax.annotate("", far, [n + 0.9 * (f - n) for n, f in zip(near, far, strict=True)], arrowprops=arrow)
     for box, k, at in zip(boxes, level, side, strict=True):
-        x, y = point(at, k * step)
-        color = "#fbe3d3" if box.parameters else "#eeeeee"
-        frame = dict(boxstyle="round,pad=0.04", fc=color, ec="#555555", zorder=2)
-        ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.5), width, 1.0, **frame))
-        weights = f" · {box.parameters:,} weights" if box.parameters else ""
-        text = f"{', '.join(box.lines)}\n{'×'.join(map(str, box.shape))}{weights}"
-        ax.text(x, y, text, ha="center", va="center", fontsize=8, zorder=3)
-    ax.autoscale_view()
+        frame = dict(boxstyle="round,pad=0.04", fc="#fbe3d3" if box.parameters else "#eeeeee", ec="#555555", zorder=2)
+        ax.add_patch(FancyBboxPatch((at - width / 2, -k * step - half), width, 2 * half, **frame))
+        text = [", ".join(box.lines), "×".join(map(str, box.shape))]
+        text += [f"{box.parameters:,} weights"] if box.parameters else []
+        ax.text(at, -k * step, "\n".join(text), ha="center", va="center", fontsize=fontsize, zorder=3)
+    middle, room = last * (width + 0.5) / 2, max(last + 1, lanes) * (width + 0.5) / 2
+    ax.set(xlim=(middle - room, middle + room), ylim=(-max(level) * step - half - 0.2, half + 0.2))
+    ax.axis("off")
+
+
+def draw_chain(ax, boxes):
+    """A deep network from ``trace`` as a row of bars: height by image size, shade by channels, arcs for skips."""
+    through = {i: box.inputs[0] for i, box in enumerate(boxes) if box.lines[0] in ("identity", "PadShortcut")}
+    most = max(b.shape[0] for b in boxes if len(b.shape) == 3)
+    tallest = max(b.shape[1] for b in boxes if len(b.shape) == 3)
+    place = {i: n for n, i in enumerate(i for i in range(len(boxes)) if i not in through)}
+    for i, n in place.items():
+        box = boxes[i]
+        inputs = [through.get(j, j) for j in box.inputs]
+        if box.lines[0] == "+":
+            ax.scatter(n, 0, s=45, marker="P", color=_WARM, zorder=3)
+            start = min(place[j] for j in inputs)
+            arc = np.linspace(0, np.pi, 30)
+            along, up = (n + start) / 2 - (n - start) / 2 * np.cos(arc), 0.5 + 0.25 * np.sin(arc)
+            ax.plot([*along, n], [*up, 0], color=_WARM, linewidth=1.2)
+        else:
+            flat = len(box.shape) < 3
+            height = 0.12 if flat else 0.2 + 0.8 * box.shape[1] / tallest
+            shade = "#ffffff" if flat else str(0.95 - 0.6 * box.shape[0] / most)
+            ax.bar(n, height, 0.7, bottom=-height / 2, color=shade, edgecolor="#555555", zorder=2)
+            label = f"{box.lines[0]} · {'×'.join(map(str, box.shape))}"
+            ax.text(n, -0.62, label, rotation=90, ha="center", va="top", fontsize=6)
+    ax.plot([0, len(place) - 1], [0, 0], color="#555555", linewidth=0.8, zorder=1)
+    ax.set(xlim=(-1, len(place)), ylim=(-1.75, 0.9))
     ax.axis("off")

@@ -43,6 +43,19 @@ def mlp(activation="relu", in_channels=1, image_size=8, num_classes=10, hidden=(
     return model
 
 
+def textbook_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10, filters=(16, 32), dropout=0.0):
+    """Convolution, activation and pooling by turns, then flatten and two dense layers (section 2.1.4)."""
+    act, layers, cin = _factory(activation), [], in_channels
+    for cout in filters:
+        layers += [nn.Conv2d(cin, cout, 3, padding=1), act(cout), nn.MaxPool2d(2)]
+        cin = cout
+    flat = cin * (image_size // 2 ** len(filters)) ** 2
+    layers += [nn.Flatten(), nn.Linear(flat, 64), act(64), nn.Dropout(dropout), nn.Linear(64, num_classes)]
+    model = _he(nn.Sequential(*layers), nn.init.kaiming_uniform_)
+    model.l2, model.l2_layers = 0.0, (nn.Conv2d, nn.Linear)
+    return model
+
+
 def light_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10):
     """The small CNN of the thesis' chapter 4: two blocks of 32 and 64 filters, global average pooling, dense 128."""
     act = _factory(activation)
@@ -122,6 +135,17 @@ class HeBlock(nn.Module):
         return self.act2(out + self.skip(x))
 
 
+class PlainBlock(HeBlock):
+    """He's block without its skip, to show what the skip is for. Source: as ``HeBlock``."""
+
+    def __init__(self, cin, cout, stride, act):
+        super().__init__(cin, cout, stride, act)
+        del self.skip
+
+    def forward(self, x):
+        return self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
+
+
 class PreactBlock(nn.Module):
     """BN-act-conv-BN-act-conv, + skip: an identity path. Source: He et al., ECCV 2016, arXiv:1603.05027."""
 
@@ -135,7 +159,7 @@ class PreactBlock(nn.Module):
         return self.conv2(self.act2(self.bn2(self.conv1(self.act1(self.bn1(x)))))) + self.skip(x)
 
 
-BLOCKS = {"thesis": ThesisBlock, "he": HeBlock, "preact": PreactBlock}
+BLOCKS = {"thesis": ThesisBlock, "he": HeBlock, "preact": PreactBlock, "plain": PlainBlock}
 
 
 def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=10, image_size=32, width=16):
@@ -145,7 +169,7 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     ----------
     depth : int
         6n + 2: 20, 32, 44, 56, 110, ...
-    block : {"thesis", "he", "preact"}
+    block : {"thesis", "he", "preact", "plain"}
         Where normalisation and activation stand; see the block classes.
 
     Raises
@@ -174,8 +198,9 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
 
 
 def build(name, activation, data, **options):
-    """A model by name ("mlp", "light_cnn", "vgg", "resnet20", ...) with the shape and classes of ``data``."""
+    """A model by name ("mlp", "textbook_cnn", "vgg", "resnet20", ...) with the shape and classes of ``data``."""
     shape = dict(in_channels=data.in_channels, image_size=data.image_size, num_classes=data.num_classes)
     if name.startswith("resnet") and name[6:].isdigit():
         return resnet(int(name[6:]), activation, **shape, **options)
-    return pick({"mlp": mlp, "light_cnn": light_cnn, "vgg": vgg}, name, "model")(activation, **shape, **options)
+    makers = {"mlp": mlp, "textbook_cnn": textbook_cnn, "light_cnn": light_cnn, "vgg": vgg}
+    return pick(makers, name, "model")(activation, **shape, **options)

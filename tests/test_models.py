@@ -84,3 +84,21 @@ def test_unknown_names(digits):
         models.build("vgg1", "relu", digits)
     with pytest.raises(ValueError, match="image_size"):
         models.vgg(image_size=4)
+
+
+def test_plain_blocks_have_he_s_parameters_and_no_skip():
+    plain, he = (models.resnet(20, block=b, in_channels=1, image_size=8, width=4) for b in ("plain", "he"))
+    assert [p.shape for p in plain.parameters()] == [p.shape for p in he.parameters()]
+    for block in plain.blocks:  # with its second convolution silenced, nothing of the input is left
+        torch.nn.init.zeros_(block.conv2.weight)
+    plain.eval()
+    with torch.no_grad():
+        out = plain.blocks(torch.rand(2, 4, 8, 8))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_textbook_cnn_counts_and_runs():
+    model = models.textbook_cnn("relu", in_channels=3, image_size=32, num_classes=7, filters=(16, 32))
+    expected = (3 * 9 + 1) * 16 + (16 * 9 + 1) * 32 + (32 * 8 * 8 + 1) * 64 + (64 + 1) * 7
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
