@@ -115,6 +115,17 @@ def kaf_constant(kaf, tolerance=1e-3, cells=64, rounds=24):
     return torch.stack([(1 + tolerance) * steepest, unsettled, tails]).amax(0)
 
 
+def kaf_steepest(kaf, cells=200):
+    """Steepest slope of each channel on a grid, (C,): not certified, but differentiable, for training."""
+    gamma = kaf.bandwidth[:, None, None]
+    reach = 2.5 * gamma.detach().amin().rsqrt().item()
+    low, high = kaf.dictionary.detach().min().item() - reach, kaf.dictionary.detach().max().item() + reach
+    t = torch.linspace(low, high, cells, device=kaf.alpha.device)[:, None] - kaf.dictionary[:, None]  # (C, cells, D)
+    slopes = 2 * gamma * t * torch.exp(-gamma * t * t)
+    total = slopes[0] @ kaf.alpha.T if len(slopes) == 1 else torch.einsum("cxd,cd->xc", slopes, kaf.alpha)
+    return total.abs().amax(0)
+
+
 class KafRanges:
     """Ranges of f and f' of a KAF over any intervals: certified, and at the price of a few look-ups each.
 

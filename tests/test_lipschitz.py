@@ -355,8 +355,8 @@ def test_certified_images_resist_attack(digits_batch):
         assert (model(adv).argmax(1) == y[certified]).all()
 
 
-def test_clever_is_near_the_truth_for_a_linear_model():
-    """The margin of a linear model over its gradient's dual norm is the radius, exactly."""
+def test_clever_of_a_linear_model_is_exact():
+    """The margin of a linear model over its gradient's dual norm is the radius."""
     torch.manual_seed(11)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     x = torch.rand(1, 8, 8)
@@ -365,10 +365,25 @@ def test_clever_is_near_the_truth_for_a_linear_model():
     y = logits.argmax()
     weight = model[1].weight.detach()
     radius = min(((logits[y] - logits[j]) / (weight[y] - weight[j]).abs().sum()).item() for j in range(3) if j != y)
-    state = np.random.get_state()[1].copy()
-    assert lipschitz.clever(model, x, 3, eps=1.0, batches=10, samples=4) == pytest.approx(radius, rel=1e-3)
-    assert lipschitz.clever(model, x, 3, eps=radius / 2, batches=10, samples=4) == pytest.approx(radius / 2, rel=1e-3)
-    assert (np.random.get_state()[1] == state).all()
+    assert lipschitz.clever(model, x, eps=1.0) == pytest.approx(radius, rel=1e-4)
+    assert lipschitz.clever(model, x, eps=radius / 2) == pytest.approx(radius / 2, rel=1e-4)
+
+
+def test_clever_against_another_library(digits_batch):
+    from art.estimators.classification import PyTorchClassifier
+    from art.metrics import clever_t
+
+    torch.manual_seed(12)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 3)).eval()
+    other = PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, 8, 8), 3, clip_values=(0.0, 1.0), device_type="cpu")
+    pairs = []
+    for x in digits_batch[0][:4]:
+        y = model(x[None]).argmax().item()
+        np.random.seed(0)
+        theirs = min(clever_t(other, x.numpy(), j, 20, 16, 0.3, np.inf) for j in range(3) if j != y)
+        pairs.append((lipschitz.clever(model, x, eps=0.3), float(theirs)))
+    sound = [(a, b) for a, b in pairs if b > 1e-3]  # theirs returns 0 where its fit runs away
+    assert len(sound) >= 1 and all(a == pytest.approx(b, rel=0.25) for a, b in sound), pairs
 
 
 def test_nothing_is_left_behind(digits_batch):
@@ -381,7 +396,7 @@ def test_nothing_is_left_behind(digits_batch):
     lipschitz.gradient_norms(model, x[:2], y[:2], eps=0.1, samples=2)
     lipschitz.local_bound(model, x[:2], y[:2], eps=0.01)
     lipschitz.jacobian_norms(model, x[:2], iterations=2)
-    lipschitz.clever(model, x[0], 10, eps=0.1, batches=2, samples=2)
+    lipschitz.clever(model, x[0], eps=0.1, batches=3, samples=2)
     assert all(m.training for m in model.modules()) and not any(m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()].count(False) == 1 and not model[1].weight.requires_grad
