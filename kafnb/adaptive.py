@@ -163,9 +163,9 @@ def transfer(model, x, y, *, eps, source, **options):
 
 def suite(model, source=None):
     """name -> attack, everything here that concerns this model; call each as ``attack(model, x, y, eps=..., ...)``."""
-    out = {"neighbours": neighbours}
+    out = {}
     if any(isinstance(m, KWTA) for m in model.modules()):
-        out |= {"kwta_smooth": kwta_smooth, "kwta_both": kwta_both}
+        out |= {"neighbours": neighbours, "kwta_smooth": kwta_smooth, "kwta_both": kwta_both}
     kafs = [m for m in model.modules() if isinstance(m, KAF)]
     if kafs:
         out |= {"double": double, "kaf_tails": kaf_tails}

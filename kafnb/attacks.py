@@ -245,7 +245,8 @@ def pgd(
         return done
 
     with still(model), still(net):
-        for _, target in _rounds(model, x, y, restarts, targeted):
+        rounds = _rounds(model, x, y, restarts, targeted)
+        for _, target in rounds:
             if len(alive) == 0:
                 break
             xa, ya = x[alive], y[alive]
@@ -255,6 +256,8 @@ def pgd(
                 told, aim = torch.stack([ya, target[alive]], 1), lambda z, t: _towards(z, t[:, 0], t[:, 1], loss)
             stop = broken if early_stop else None
             adv = ascend(net, xa, told, delta, sign=sign, loss=aim, broken=stop, **options)
+            if len(rounds) == 1:  # nothing to choose from
+                return adv
             with torch.no_grad():
                 logits = model(adv).float()
                 value = sign * raised(logits, ya)

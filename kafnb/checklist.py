@@ -34,7 +34,7 @@ EXPLANATIONS = {
 }
 
 
-def _outputs(model, x, y):
+def outputs(model, x, y):
     """The checks that need no attack: name -> value."""
     with still(model):
         with torch.no_grad():
@@ -86,7 +86,7 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
         One row a check: check, value (what the explanation names), limit, finding (bool), explanation.
     """
     x, y = (t.to(next(model.parameters()).device) for t in _images(data, n))
-    values = _outputs(model, x, y)
+    values = outputs(model, x, y)
     options = dict(eps=eps, step_size=eps / 4, early_stop=True)
     stands = functools.partial(_stands, model, seed=seed)
     left = torch.from_numpy(stands((x, y), pgd, steps=steps, restarts=2, **options)).to(x.device)

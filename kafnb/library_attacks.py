@@ -109,34 +109,23 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, restarts=1):
         return attack.perturb(x, y)
 
 
-def _art_attack(model, x, y, eps, make):
-    """Run ``make(classifier)`` of ART on the images that the model gets right; what leaves the L2 ball goes back."""
-    import numpy as np
-    from art.estimators.classification import PyTorchClassifier
-
-    if not x.is_floating_point() or y is None or eps < 0:
-        raise ValueError("minimal-norm attacks need float images, labels, and eps >= 0 (inf for no limit)")
+def _smallest(model, x, y, eps, find):
+    """``find(copy of the model, images, labels)`` on the images that the model gets right; kept where in the L2 ball."""
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, in pixel units of [0, 1], or inf for no limit, got {eps}")
     _check(x, y, 0.0, "l2")
-    state = np.random.get_state()
     with _lent(model) as net:
         with torch.no_grad():
-            logits = net(x)
-        right = (logits.argmax(1) == y).nonzero()[:, 0]
+            right = (net(x).argmax(1) == y).nonzero()[:, 0]
         result = x.clone()
         if len(right):
-            classifier = PyTorchClassifier(
-                net, torch.nn.CrossEntropyLoss(), tuple(x.shape[1:]), logits.shape[1], clip_values=(0.0, 1.0),
-                device_type="gpu" if x.device.type == "cuda" else "cpu",
-            )  # fmt: skip
-            adv = make(classifier).generate(x[right].cpu().numpy(), y[right].cpu().numpy())
-            adv = torch.from_numpy(adv).to(x)
+            adv = find(net, x[right], y[right]).to(x)
             inside = size(adv - x[right], "l2") <= eps
             result[right[inside]] = adv[inside]
-    np.random.set_state(state)
     return result
 
 
-def cw(model, x, y, *, eps, steps=10, searches=10, confidence=0.0):
+def cw(model, x, y, *, eps, steps=100, searches=6, step_size=0.05, confidence=0.0):
     """Carlini and Wagner's L2 attack: the smallest change that it finds, kept where it is within ``eps``.
 
     Parameters
@@ -144,17 +133,30 @@ def cw(model, x, y, *, eps, steps=10, searches=10, confidence=0.0):
     eps : float
         L2 radius, pixel units; ``float("inf")`` keeps every change found.
     steps, searches : int
-        Descent steps for each of the values of the constant that a binary search tries.
+        Adam's steps for each of the values of the constant that a binary search tries.
     confidence : float
         Lead that the wrong logit must have.
 
-    Source: Carlini and Wagner, IEEE S&P 2017, arXiv:1608.04644; run by the Adversarial Robustness Toolbox.
-    """
-    from art.attacks.evasion import CarliniL2Method
+    Raises
+    ------
+    ImportError
+        foolbox is not installed. (Of the libraries tried, its version finds the smallest changes.)
 
-    options = dict(max_iter=steps, binary_search_steps=searches, confidence=confidence)
-    options |= dict(learning_rate=0.1, initial_const=1.0, batch_size=256, verbose=False)
-    return _art_attack(model, x, y, eps, lambda classifier: CarliniL2Method(classifier, **options))
+    Source: Carlini and Wagner, IEEE S&P 2017, arXiv:1608.04644.
+    """
+    try:
+        import foolbox
+    except ImportError:
+        raise ImportError("Carlini-Wagner needs foolbox: pip install 'kafnb[attacks]'") from None
+    attack = foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=searches, steps=steps, stepsize=step_size, initial_const=0.1, confidence=confidence
+    )
+
+    def find(net, x, y):
+        wrapped = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device)
+        return attack(wrapped, x, y, epsilons=None)[1]
+
+    return _smallest(model, x, y, eps, find)
 
 
 def deepfool(model, x, y, *, eps, steps=50, overshoot=0.02):
@@ -163,6 +165,15 @@ def deepfool(model, x, y, *, eps, steps=50, overshoot=0.02):
     Source: Moosavi-Dezfooli et al., CVPR 2016, arXiv:1511.04599; run by the Adversarial Robustness Toolbox.
     """
     from art.attacks.evasion import DeepFool
+    from art.estimators.classification import PyTorchClassifier
 
-    options = dict(max_iter=steps, epsilon=overshoot, batch_size=256, verbose=False)
-    return _art_attack(model, x, y, eps, lambda classifier: DeepFool(classifier, **options))
+    def find(net, x, y):
+        with torch.no_grad():
+            classes = net(x[:1]).shape[1]
+        kind = "gpu" if x.device.type == "cuda" else "cpu"
+        shape, loss = tuple(x.shape[1:]), torch.nn.CrossEntropyLoss()
+        classifier = PyTorchClassifier(net, loss, shape, classes, clip_values=(0.0, 1.0), device_type=kind)
+        attack = DeepFool(classifier, max_iter=steps, epsilon=overshoot, batch_size=256, verbose=False)
+        return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy()))
+
+    return _smallest(model, x, y, eps, find)

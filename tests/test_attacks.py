@@ -176,3 +176,120 @@ def test_bad_images_and_labels_get_one_line(net, images):
         with pytest.raises(ValueError) as error:
             attacks.fgsm(net, *bad, eps=0.1)
         assert "\n" not in str(error.value)
+
+
+# --- losses, targets, schedules, early stop ----------------------------------------------------------------------
+
+
+def test_losses_by_their_formulas():
+    z, y = torch.randn(30, 5, dtype=torch.float64), torch.randint(0, 5, (30,))
+    for i in range(30):
+        row, own = z[i].tolist(), int(y[i])
+        others = [v for j, v in enumerate(row) if j != own]
+        a, _, c = sorted(row, reverse=True)[:3]
+        expected = {
+            "ce": np.log(np.exp(row).sum()) - row[own],
+            "margin": max(others) - row[own],
+            "dlr": -(row[own] - max(others)) / (a - c),
+        }
+        for name, value in expected.items():
+            assert attacks.LOSSES[name](z, y)[i].item() == pytest.approx(value, abs=1e-9)
+    wrong = z.argmax(1) != y
+    assert torch.equal(attacks.margin(z, y) > 0, wrong) and torch.equal(attacks.dlr(z, y) > 0, wrong)
+    assert torch.allclose(attacks.dlr(7 * z, y), attacks.dlr(z, y))  # no scale hides it
+    with pytest.raises(ValueError, match="at least 3 classes"):
+        attacks.dlr(z[:, :2], y % 2)
+
+
+@pytest.mark.parametrize("loss", list(attacks.LOSSES))
+@pytest.mark.parametrize("norm", attacks.NORMS)
+def test_every_loss_and_norm_finds_something(images, loss, norm):
+    torch.manual_seed(0)
+    net = models.mlp("swish", hidden=(32,)).double().eval()
+    x, _ = images
+    y = net(x).argmax(1)
+    eps = {"linf": 0.3, "l2": 2.0, "l1": 12.0}[norm]
+    adv = attacks.pgd(net, x, y, eps=eps, steps=30, norm=norm, loss=loss)
+    assert (net(adv).argmax(1) != y).float().mean() > 0.6
+
+
+def test_early_stop_breaks_what_any_step_breaks(images):
+    """The same steps one by one, nobody leaving: broken is who was misclassified at any of them."""
+    torch.manual_seed(0)
+    net = models.mlp("kwta", hidden=(32,)).double().eval()
+    x = images[0].repeat(5, 1, 1, 1)
+    x = (x + 0.1 * torch.rand_like(x)).clamp(0, 1)
+    y = net(x).argmax(1)
+    options = dict(eps=0.04, step_size=0.03, steps=6, fast=False)
+    torch.manual_seed(3)
+    stopped = attacks.pgd(net, x, y, early_stop=True, **options)
+    torch.manual_seed(3)
+    v = attacks.project(x, attacks.random_delta(x, 0.04), 0.04)
+    ever = torch.zeros(len(x), dtype=torch.bool)
+    for _ in range(6):
+        ever |= net(v).argmax(1) != y
+        v = attacks.project(x, v + 0.03 * attacks.input_gradient(net, v, y).sign() - x, 0.04)
+    last = net(v).argmax(1) != y
+    ever |= last
+    assert torch.equal(net(stopped).argmax(1) != y, ever) and (ever & ~last).any() and not ever.all()
+
+
+def test_early_stop_shrinks_the_batch_within_the_steps(images):
+    x, y = images
+    seen = []
+
+    class Spy(torch.nn.Module):
+        """Breaks one more image at each pass."""
+
+        def forward(self, v):
+            seen.append(len(v))
+            logits = torch.zeros(len(v), 10, dtype=v.dtype) + 0 * v.sum()
+            logits[1:, 7] = 1.0
+            logits[:1, 3] = 1.0
+            return logits
+
+    attacks.pgd(Spy(), x, torch.full_like(y, 7), eps=0.1, steps=5, early_stop=True)
+    assert seen[:5] == [13, 12, 11, 10, 9]
+
+
+def test_every_target_finds_what_one_target_finds(net, images):
+    x, _ = images
+    y = net(x).argmax(1)
+    options = dict(eps=0.05, steps=3, random_start=False)
+    union = torch.zeros(len(x), dtype=torch.bool)
+    for c in range(10):
+        target = torch.full_like(y, c)
+        adv = attacks.pgd(net, x, target, targeted=True, loss="ce", **options)
+        union |= (net(adv).argmax(1) != y) & (target != y)
+    every = net(attacks.pgd(net, x, y, targeted="all", **options)).argmax(1) != y
+    assert torch.equal(every, union)
+
+
+def test_momentum_and_schedule_by_hand(net, images):
+    x, y = images
+    adv = attacks.pgd(net, x, y, eps=0.2, step_size=0.05, steps=3, momentum=0.5, schedule="linear", random_start=False)
+    v, m = x, 0
+    for i in range(3):
+        g = attacks.input_gradient(net, v, y)
+        m = 0.5 * m + g / g.abs().mean((1, 2, 3), keepdim=True)
+        v = (x + (v + 0.05 * (1 - i / 3) * m.sign() - x).clamp(-0.2, 0.2)).clamp(0, 1)
+    assert torch.allclose(adv, v, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", [dict(loss="hinge"), dict(targeted="some"), dict(schedule="steep")])
+def test_unknown_names_get_one_line(net, images, change):
+    with pytest.raises(ValueError) as error:
+        attacks.pgd(net, *images, eps=0.1, **change)
+    assert "\n" not in str(error.value)
+
+
+def test_a_surrogate_leads_and_the_model_judges(images):
+    torch.manual_seed(0)
+    model, other = (models.mlp("swish", hidden=(32,)).double().eval() for _ in range(2))
+    x, _ = images
+    y = model(x).argmax(1)
+    options = dict(eps=0.2, steps=5, random_start=False)
+    adv = attacks.pgd(model, x, y, surrogate=other, **options)
+    assert torch.allclose(adv, attacks.pgd(other, x, y, **options))
+    stopped = attacks.pgd(model, x, y, surrogate=other, early_stop=True, **options)
+    assert ((model(stopped).argmax(1) != y) >= (model(adv).argmax(1) != y)).all()

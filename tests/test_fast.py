@@ -1,0 +1,74 @@
+"""The quicker twin is the same function, is not the same object, and is only made of what is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from kafnb import attacks, models
+from kafnb.fast import twin
+
+
+def trained_like(model, seed=0):
+    """Batch normalisation with statistics and weights as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.3, generator=generator)
+            m.running_var.uniform_(0.5, 2, generator=generator)
+            with torch.no_grad():
+                m.weight.uniform_(-1.5, 1.5, generator=generator)
+                m.bias.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["relu", "swish", "kaf_elu", "kwta"])
+@pytest.mark.parametrize("make", ["thesis", "he", "preact", "light_cnn", "vgg"])
+def test_same_logits_and_gradients(make, name):
+    torch.manual_seed(0)
+    small = dict(in_channels=2, image_size=8)
+    model = models.resnet(8, name, make, **small) if make in models.BLOCKS else getattr(models, make)(name, **small)
+    model, before = trained_like(model), {}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    quick = twin(model)
+    assert quick is not model and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    x, y = torch.rand(9, 2, 8, 8), torch.randint(0, 10, (9,))
+    with torch.no_grad():
+        assert torch.allclose(quick(x), model(x), rtol=1e-3, atol=1e-4)
+    if name in ("swish", "kaf_elu"):  # at a kink or jump rounding may choose the other side
+        g, h = (attacks.input_gradient(m, x, y) for m in (model, quick))
+        assert (g - h).norm() < 1e-3 * g.norm()
+
+
+def test_folding_removes_every_normalisation_of_the_thesis_block():
+    quick = twin(trained_like(models.resnet(20, "relu")))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in quick.modules())
+    layouts = [m.weight.is_contiguous(memory_format=torch.channels_last) for m in quick.modules() if isinstance(m, nn.Conv2d)]
+    assert all(layouts)
+
+
+def test_the_unknown_is_left_alone():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = models.light_cnn("relu")
+
+        def forward(self, x):
+            return self.net(x)
+
+    watched = models.light_cnn("relu")
+    watched[0].register_forward_hook(lambda *_: None)
+    for model in (Odd(), watched, models.light_cnn("relu").double(), models.mlp()):
+        assert twin(model) is model
+
+
+def test_pgd_with_and_without_it():
+    torch.manual_seed(0)
+    model = trained_like(models.resnet(8, activation="swish", in_channels=1, image_size=8))
+    x, y = torch.rand(32, 1, 8, 8), torch.randint(0, 10, (32,))
+    adv = []
+    for fast in (False, True):
+        torch.manual_seed(1)
+        adv.append(attacks.pgd(model, x, y, eps=0.1, steps=8, fast=fast))
+    assert ((adv[0] - adv[1]).abs() > 1e-4).float().mean() < 0.01
+    assert (model(adv[0]).argmax(1) == model(adv[1]).argmax(1)).float().mean() > 0.96
+    assert not any(m.inplace for m in models.light_cnn("relu").modules() if isinstance(m, nn.ReLU))
