@@ -6,6 +6,8 @@ Table of contents, in the order of the story:
     kernels, mixture, grid and grid_*     how a KAF is evaluated: eagerly, compiled, on CUDA
     models, data, methods, training       networks, images, how the one learns the other
     attacks, evaluate                     fooling them, and counting honestly
+    collapse, detect                      training that fools itself; recognising attacks, and why that fails
+    curves, bounds, certify               proofs that no attack exists: intervals, lines, constants, votes
     experiments, store                    describe, train or load, keep
     profiles, figures, notebooks          sizes, pictures, running it all
 """

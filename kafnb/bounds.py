@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .curves import CURVES, curve, relaxation, value_range
+from .curves import CURVES, PIECES, curve, relaxation, value_range
 from .kwta import KWTA
 from .models import _PadShortcut
 
@@ -83,7 +83,7 @@ def _bias(layer):
     return 0.0 if bias is None else (bias if isinstance(layer, nn.Linear) else bias[:, None, None])
 
 
-def _interval(layer, boxes):
+def _interval(layer, boxes, pieces=PIECES):
     """Bounds behind one layer from those of its parents."""
     (low, high), *other = boxes
     if layer is None:  # the sum of two branches
@@ -93,18 +93,20 @@ def _interval(layer, boxes):
     if isinstance(layer, nn.MaxPool2d):
         return layer(low), layer(high)
     if (shape := curve(layer)) is not None:
-        return value_range(shape, low, high)
+        return value_range(shape, low, high, pieces)
     middle = _linear(layer, (low + high) / 2) + _bias(layer)
     radius = _linear(layer, (high - low) / 2, absolute=True)
     return middle - radius, middle + radius
 
 
-def interval_bounds(model, low, high):
+def interval_bounds(model, low, high, pieces=PIECES):
     """Interval bounds of the logits over the box low <= x <= high; differentiable, for training too.
 
     Parameters
     ----------
     low, high : Tensor, shape (N, C, H, W)
+    pieces : int
+        Into how many an interval is split where a function is not monotone (``curves``): fewer are faster and looser.
 
     Returns
     -------
@@ -112,7 +114,7 @@ def interval_bounds(model, low, high):
     """
     boxes = {}
     for node, parents, layer in unroll(model):
-        boxes[node] = _interval(layer, [boxes[p] for p in parents]) if parents else (low, high)
+        boxes[node] = _interval(layer, [boxes[p] for p in parents], pieces) if parents else (low, high)
     return boxes[node]
 
 

@@ -45,6 +45,8 @@ def test_ranges_and_lines_hold_10000_points_and_are_tight(name):
         x = within(low, high, 50, torch.Generator().manual_seed(1))  # 50 * 200 = 10,000 of each channel
         y = torch.stack([f(p) for p in x])
         assert (y >= a).all() and (y <= b).all()
+        coarse = curves.value_range(shape, low, high, pieces=5)
+        assert (y >= coarse[0]).all() and (y <= coarse[1]).all()
         assert (y >= al * x + bl).all() and (y <= au * x + bu).all()
         # a dense look at each interval: the range is exact up to the stated error
         dense = low + torch.linspace(0, 1, 1001, dtype=torch.float64).view(-1, 1, 1, 1, 1) * (high - low)
