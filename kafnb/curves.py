@@ -110,7 +110,7 @@ def _samples(curve, low, high, pieces=PIECES):
     extra += [low, high]
     points = torch.cat([points, torch.stack(extra)])
     points = torch.minimum(torch.maximum(points, low), high)  # rounding may have left the interval
-    values = torch.stack([curve.value(p) for p in points])
+    values = curve.value(points.flatten(0, 1)).unflatten(0, points.shape[:2])
     stray = ((inner_high - inner_low) / pieces) ** 2 / 8 * _channels(curve.curvature, low) + 2 * curve.tail
     return points, values, stray + SLACK * values.abs().amax(0)
 
