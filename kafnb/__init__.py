@@ -7,7 +7,7 @@ Table of contents, in the order of the story:
     models, data, methods, training       networks, images, how the one learns the other
     attacks, evaluate                     fooling them, and counting honestly
     collapse, detect                      training that fools itself; recognising attacks, and why that fails
-    curves, bounds, certify               proofs that no attack exists: intervals, lines, constants, votes
+    curves, bounds, crown, certify        proofs that no attack exists: intervals, lines, constants, votes
     experiments, store                    describe, train or load, keep
     profiles, figures, notebooks          sizes, pictures, running it all
 """
