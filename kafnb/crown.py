@@ -133,5 +133,5 @@ def crown_bounds(model, low, high, spec=None, *, inner="crown"):
     a, b = (t[:, None] for t in boxes[node])
     plus, minus = spec.clamp_min(0), spec.clamp_max(0)
     plain = (plus * a + minus * b).sum(2), (plus * b + minus * a).sum(2)
-    linear = _lower(steps, boxes, lines, node, spec), -_lower(steps, boxes, lines, node, -spec)
-    return torch.maximum(plain[0], linear[0]), torch.minimum(plain[1], linear[1])
+    carried = _lower(steps, boxes, lines, node, spec), -_lower(steps, boxes, lines, node, -spec)
+    return torch.maximum(plain[0], carried[0]), torch.minimum(plain[1], carried[1])
