@@ -8,6 +8,8 @@ Table of contents, in the order of the story:
     probes, lipschitz and lipschitz_*     what goes on inside, and how fast it can change
     gradients, meanfield                  how gradients grow with depth: measured and predicted
     attacks, evaluate                     fooling them, and counting honestly
+    collapse, detect                      training that fools itself; recognising attacks, and why that fails
+    curves, bounds, crown, certify        proofs that no attack exists: intervals, lines, constants, votes
     experiments, store                    describe, train or load, keep
     profiles, figures, diagrams           sizes, pictures, pictures of networks
     notebooks                             running it all

@@ -13,7 +13,8 @@ from scipy.stats import beta, binomtest, norm
 from torch import nn
 
 from .attacks import still
-from .bounds import crown_bounds, interval_bounds
+from .bounds import interval_bounds
+from .crown import crown_bounds
 
 METHODS = ("interval", "crown-ibp", "crown")
 

@@ -101,28 +101,28 @@ def _channels(value, x):
     return value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)) if isinstance(value, torch.Tensor) else value
 
 
-def _samples(curve, low, high):
+def _samples(curve, low, high, pieces=PIECES):
     """Points (P, N, C, *) of each interval, the values there, and how far f strays between them (N, C, *)."""
     inner_low, inner_high = low.clamp(-curve.reach, curve.reach), high.clamp(-curve.reach, curve.reach)
-    share = torch.linspace(0, 1, PIECES + 1, dtype=low.dtype, device=low.device).view(-1, *[1] * low.ndim)
+    share = torch.linspace(0, 1, pieces + 1, dtype=low.dtype, device=low.device).view(-1, *[1] * low.ndim)
     points = inner_low + share * (inner_high - inner_low)
     extra = [torch.minimum(torch.maximum(torch.zeros_like(low), low), high)] if curve.kink else []
     extra += [low, high]
     points = torch.cat([points, torch.stack(extra)])
     points = torch.minimum(torch.maximum(points, low), high)  # rounding may have left the interval
-    values = torch.stack([curve.value(p) for p in points])
-    stray = ((inner_high - inner_low) / PIECES) ** 2 / 8 * _channels(curve.curvature, low) + 2 * curve.tail
+    values = curve.value(points.flatten(0, 1)).unflatten(0, points.shape[:2])
+    stray = ((inner_high - inner_low) / pieces) ** 2 / 8 * _channels(curve.curvature, low) + 2 * curve.tail
     return points, values, stray + SLACK * values.abs().amax(0)
 
 
-def value_range(curve, low, high):
+def value_range(curve, low, high, pieces=PIECES):
     """Smallest and largest value of f on [low, high], tensors (N, C, *); differentiable.
 
     Exact for monotone functions; else at most e (module docstring) too wide on each side, e the square of the width.
     """
     if curve.monotone:
         return curve.value(low), curve.value(high)
-    _, values, stray = _samples(curve, low, high)
+    _, values, stray = _samples(curve, low, high, pieces)
     return values.amin(0) - stray, values.amax(0) + stray
 
 

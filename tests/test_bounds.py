@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kafnb
-from kafnb import KAF, KWTA, bounds, certify, curves
+from kafnb import KAF, KWTA, bounds, certify, crown, curves
 from kafnb.models import _PadShortcut
 
 ELEMENTWISE = {
@@ -45,6 +45,8 @@ def test_ranges_and_lines_hold_10000_points_and_are_tight(name):
         x = within(low, high, 50, torch.Generator().manual_seed(1))  # 50 * 200 = 10,000 of each channel
         y = torch.stack([f(p) for p in x])
         assert (y >= a).all() and (y <= b).all()
+        coarse = curves.value_range(shape, low, high, pieces=5)
+        assert (y >= coarse[0]).all() and (y <= coarse[1]).all()
         assert (y >= al * x + bl).all() and (y <= au * x + bu).all()
         # a dense look at each interval: the range is exact up to the stated error
         dense = low + torch.linspace(0, 1, 1001, dtype=torch.float64).view(-1, 1, 1, 1, 1) * (high - low)
@@ -111,7 +113,7 @@ def test_bounds_of_each_layer_hold_10000_points(name):
     low, high = boxes((20, channels, 4, 4), 0.5)
     with torch.no_grad():
         a, b = bounds.interval_bounds(layer, low, high)
-        c, d = bounds.crown_bounds(layer, low, high)
+        c, d = crown.crown_bounds(layer, low, high)
         x = within(low, high, 500, torch.Generator().manual_seed(2))  # 500 * 20 = 10,000 boxes' points
         y = layer.eval()(x.flatten(0, 1)).unflatten(0, (500, 20))
         assert (y >= a - 1e-9).all() and (y <= b + 1e-9).all() and (y >= c - 1e-9).all() and (y <= d + 1e-9).all()
@@ -138,7 +140,7 @@ def test_bounds_of_whole_networks(name, activation, options, digits):
     modes = [m.training for m in model.modules()]
     with torch.no_grad():
         a, b = bounds.interval_bounds(model, low, high)
-        c, d = bounds.crown_bounds(model, low, high, inner=inner)
+        c, d = crown.crown_bounds(model, low, high, inner=inner)
         assert [m.training for m in model.modules()] == modes
         y = model.eval()(within(low, high, 250, torch.Generator().manual_seed(3)).flatten(0, 1)).unflatten(0, (250, 4))
     assert (y >= c - 1e-9).all() and (y <= d + 1e-9).all() and (c >= a).all() and (d <= b).all()
@@ -153,7 +155,7 @@ def test_crown_is_exact_for_affine_networks():
     corners = torch.tensor(list(itertools.product((0.0, 1.0), repeat=5))).double().view(32, 1, 5, 1, 1)
     with torch.no_grad():
         y = net((low + corners * (high - low)).flatten(0, 1)).unflatten(0, (32, 6))
-        c, d = bounds.crown_bounds(net, low, high)
+        c, d = crown.crown_bounds(net, low, high)
         a, b = bounds.interval_bounds(net, low, high)
     assert torch.allclose(c, y.amin(0)) and torch.allclose(d, y.amax(0)) and (b - a > 1.05 * (d - c)).all()
 
@@ -191,7 +193,7 @@ def test_unknown_layers_and_operations_get_one_line():
     with pytest.raises(ValueError, match="Gaussian"):
         curves.curve(KAF(2, kernel="laplacian"))
     with pytest.raises(ValueError, match="inner must be"):
-        bounds.crown_bounds(nn.Flatten(), torch.zeros(1, 2), torch.ones(1, 2), inner="x")
+        crown.crown_bounds(nn.Flatten(), torch.zeros(1, 2), torch.ones(1, 2), inner="x")
 
 
 # --- certificates ----------------------------------------------------------------------------------------------------

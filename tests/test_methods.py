@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kafnb import Recipe, collapse, fit, models, training
+from kafnb import Recipe, collapse, fit, methods, models, training
 from kafnb.bounds import interval_bounds
 from kafnb.methods import METHODS
 
@@ -101,7 +101,7 @@ def test_interval_schedule(smooth):
     plain = F.cross_entropy(model(x), y)
     assert torch.equal(learned(model, x, y, "interval", progress=0.05, eps=0.1)[1], plain)
     for progress, eps, kappa in ((0.3, 0.05, 0.75), (0.5, 0.1, 0.5), (1.0, 0.1, 0.5)):
-        low, high = interval_bounds(model, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
+        low, high = interval_bounds(model, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1), pieces=8)
         worst = torch.stack([torch.where(torch.arange(10) == c, a, b) for a, b, c in zip(low, high, y, strict=True)])
         expected = kappa * plain + (1 - kappa) * F.cross_entropy(worst, y)
         assert torch.allclose(learned(model, x, y, "interval", progress=progress, eps=0.1)[1], expected)
@@ -121,6 +121,17 @@ def test_methods_leave_weights_and_modes_alone(tiny, method):
         loss.backward()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(m.training for m in model.modules())
+
+
+def test_cost_of_a_batch(tiny):
+    """A PGD batch of 8 steps takes longer than a standard one; nothing of the model or of the generators moves."""
+    model, (x, y) = models.mlp("relu", hidden=(256, 256)), tiny.test(60)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    recipes = {"standard": Recipe(), "pgd": Recipe("pgd", steps=8), "free": Recipe("free", replays=3, batch_size=60)}
+    cost = methods.cost(model, recipes, x, y, rounds=8)
+    assert cost["pgd"][0] > 3 * cost["standard"][0] > 0 and [n for _, n in cost.values()] == [1, 1, 3]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- the early warning ------------------------------------------------------------------------------------------------
