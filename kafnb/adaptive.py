@@ -16,7 +16,7 @@ from .kaf import KAF
 from .kwta import KWTA
 
 
-def _swapped(model, kind, make):
+def swapped(model, kind, make):
     """A copy of the model with ``make(module)`` in place of each module of ``kind``."""
     if isinstance(model, kind):
         return make(model)
@@ -69,13 +69,13 @@ def neighbours(model, x, y, *, eps, draws=4, radius=None, **options):
 
 def kwta_smooth(model, x, y, *, eps, temperature=0.2, **options):
     """PGD with every k-WTA's backward pass replaced by a smooth one (``SmoothKWTA``)."""
-    surrogate = _swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
+    surrogate = swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
     return pgd(model, x, y, eps=eps, surrogate=surrogate, **options)
 
 
 def kwta_both(model, x, y, *, eps, temperature=0.2, draws=4, radius=None, **options):
     """The smooth backward pass, averaged over random neighbours."""
-    surrogate = _swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
+    surrogate = swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
     gradient = averaged(draws, eps / 10 if radius is None else radius)
     return pgd(model, x, y, eps=eps, surrogate=surrogate, gradient=gradient, **options)
 
@@ -146,13 +146,13 @@ def double(model, x, y, *, eps, **options):
 
 def kaf_tails(model, x, y, *, eps, reach=1.0, **options):
     """PGD with the KAFs' tails replaced in the backward pass (``OpenTails``)."""
-    surrogate = _swapped(model, KAF, functools.partial(OpenTails, reach=reach))
+    surrogate = swapped(model, KAF, functools.partial(OpenTails, reach=reach))
     return pgd(model, x, y, eps=eps, surrogate=surrogate, **options)
 
 
 def kaf_annealed(model, x, y, *, eps, steps=20, widths=(0.5, 0.25, 0.1, 0.0), **options):
     """PGD that begins on a smoothed network and ends on the model: each KAF averaged over noise of ``widths``."""
-    nets = [_swapped(model, KAF, functools.partial(smoothed, tau=tau)) if tau else model for tau in widths]
+    nets = [swapped(model, KAF, functools.partial(smoothed, tau=tau)) if tau else model for tau in widths]
     return pgd(model, x, y, eps=eps, steps=steps, gradient=_Annealed(nets, steps), **options)
 
 

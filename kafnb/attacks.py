@@ -11,10 +11,10 @@ import functools
 import math
 
 import torch
-from torch.nn import functional as F
 
 from .balls import NORMS, project, random_delta, steepest
 from .fast import twin
+from .losses import LOSSES, cross_entropy, towards
 
 
 @contextlib.contextmanager
@@ -41,47 +41,6 @@ def still(model):
     finally:
         for m, training in modes:
             m.training = training
-
-
-# --- what an attack raises: one number an image, the higher the more wrong ---------------------------------------
-
-
-def cross_entropy(logits, y):
-    """-log softmax(z)_y."""
-    return F.cross_entropy(logits, y, reduction="none")
-
-
-def margin(logits, y):
-    """max_{j != y} z_j - z_y: positive if and only if the image is misclassified."""
-    own = logits.gather(1, y[:, None])
-    return (logits.scatter(1, y[:, None], -math.inf).amax(1, keepdim=True) - own)[:, 0]
-
-
-def dlr(logits, y):
-    """Margin over the distance of the largest and third largest logit: no scaling of the logits hides its gradient.
-
-    Source: Croce and Hein, ICML 2020, arXiv:2003.01690, equation 6.
-    """
-    if logits.shape[1] < 3:
-        raise ValueError(f"the DLR loss needs at least 3 classes, got {logits.shape[1]}")
-    top = logits.topk(3, dim=1).values
-    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
-
-
-LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-
-
-def _towards(logits, y, target, loss):
-    """The same three, raised to reach ``target`` from the true label y (MultiTargeted: arXiv:1910.09338)."""
-    if loss == "ce":
-        return -cross_entropy(logits, target)
-    lead = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
-    if loss == "margin":
-        return lead
-    if logits.shape[1] < 4:
-        raise ValueError(f"the targeted DLR loss needs at least 4 classes, got {logits.shape[1]}")
-    top = logits.topk(4, dim=1).values
-    return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 SCHEDULES = {
@@ -253,7 +212,7 @@ def pgd(
             delta = random_delta(xa, eps, norm) if random_start else torch.zeros_like(xa)
             told, aim = ya, raised
             if target is not None:
-                told, aim = torch.stack([ya, target[alive]], 1), lambda z, t: _towards(z, t[:, 0], t[:, 1], loss)
+                told, aim = torch.stack([ya, target[alive]], 1), lambda z, t: towards(z, t[:, 0], t[:, 1], loss)
             stop = broken if early_stop else None
             adv = ascend(net, xa, told, delta, sign=sign, loss=aim, broken=stop, **options)
             if len(rounds) == 1:  # nothing to choose from

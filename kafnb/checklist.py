@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 
 from .adaptive import transfer
-from .attacks import cross_entropy, fgsm, input_gradient, pgd, still
+from .attacks import fgsm, input_gradient, pgd, still
 from .evaluate import _images, robust_accuracy
 from .library_attacks import square
+from .losses import cross_entropy
 
 TOLERANCE = 0.02  # share of images by which one attack may beat a stronger one before it is a finding
 LIMITS = {"softmax outputs": 0.0, "randomness": 1e-4, "zeros in the gradient": 0.1, "gradient against differences": 0.1}
@@ -21,7 +22,7 @@ LIMITS = {"softmax outputs": 0.0, "randomness": 1e-4, "zeros in the gradient": 0
 EXPLANATIONS = {
     "softmax outputs": "Outputs in [0, 1] that sum to 1 are probabilities; losses on them saturate. Attack the logits.",
     "randomness": "Two passes over the same images differ: attack the average over draws, not one draw.",
-    "images without gradient": "Share of images whose input gradient is exactly zero: no gradient attack can move them.",
+    "images without gradient": "Share of images whose input gradient is exactly zero: no gradient attack moves them.",
     "zeros in the gradient": "Share of gradient entries that are exactly zero: underflow or dead units block the way.",
     "gradient against differences": "Share of images on which a small step along the gradient changes the loss by less "
     "than half or more than twice what the gradient says: it describes another function.",
@@ -52,7 +53,7 @@ def outputs(model, x, y):
 
 
 def _mismatch(model, x, y, g, step=0.01):
-    """Share of images whose loss, a step of L2 length ``step`` along the gradient, is off by more than a factor of 2."""
+    """Share of images whose loss changes over a step of L2 length ``step`` by not half to twice what g says."""
     if len(x) == 0:
         return 0.0
     length = g.flatten(1).norm(dim=1)

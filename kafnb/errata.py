@@ -1,9 +1,15 @@
 """The thesis' own ways, written by us, so that notebook 17 can measure what each was worth. Not for other use."""
 
+import itertools
+import math
+
+import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from .adaptive import _swapped
+from .adaptive import swapped
+from .attacks import ascend, frozen, random_delta
 from .kaf import KAF
 from .kwta import KWTA
 
@@ -34,7 +40,7 @@ class Float16(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = _swapped(model, KAF, Float16KAF)
+        self.model = swapped(model, KAF, Float16KAF)
         for m in self.model.modules():
             if isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d | Float16KAF):
                 m.register_forward_hook(_rounded)
@@ -60,7 +66,7 @@ def _rounded(module, inputs, output):
 
 
 class ScrambledKWTA(KWTA):
-    """k-WTA as the thesis computed it: a channels-last layer is transposed, thresholded, reshaped without going back."""
+    """k-WTA as the thesis computed it: channels-last is transposed, thresholded, reshaped without going back."""
 
     def forward(self, x):
         if x.ndim != 4:
@@ -68,3 +74,46 @@ class ScrambledKWTA(KWTA):
         winners = super().forward(x)  # (N, C, H, W), the layout in which the original thresholds
         n, c, h, w = x.shape
         return winners.reshape(n, h, w, c).permute(0, 3, 1, 2)  # read as if it were (N, H, W, C)
+
+
+def frozen_start(model, x, y, recipe, state):
+    """FGSM-RS as the thesis trained it: the random start was drawn once and served every batch of every epoch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        delta = random_delta(torch.zeros(recipe.batch_size, *x.shape[1:]), recipe.eps)[: len(x)].to(x.device)
+    step_size = 1.25 * recipe.eps if recipe.step_size is None else recipe.step_size
+    with frozen(model):
+        x_adv = ascend(model, x, y, delta, eps=recipe.eps, step_size=step_size, steps=1)
+    logits = model(x_adv)
+    yield logits, F.cross_entropy(logits, y)
+
+
+def best_restart(stands):
+    """The thesis' rule for restarts: of bool (restarts, n), the one row in which the fewest images stand."""
+    return stands[stands.sum(1).argmin()]
+
+
+def activation_first(model):
+    """In place, in every Sequential: (BN, activation) becomes (activation, BN), as the thesis had its ReLU networks."""
+    for m in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+        layers = list(m._modules.items())
+        for (a, norm), (b, act) in itertools.pairwise(layers):
+            if isinstance(norm, nn.BatchNorm2d):
+                m._modules[a], m._modules[b] = act, norm
+    return model
+
+
+def paired(right, original):
+    """Original minus right, in points: (difference, low, high), the 95 % interval of a paired difference of shares.
+
+    Parameters
+    ----------
+    right, original : bool array, shape (n,)
+        The same images counted in both ways. Source of the interval: Agresti, Categorical Data Analysis, section 11.1.
+    """
+    right, original = np.asarray(right, bool), np.asarray(original, bool)
+    n, gained, lost = len(right), int((original & ~right).sum()), int((right & ~original).sum())
+    difference = (gained - lost) / n
+    # one half more in each cell keeps the interval from closing on nothing
+    half = 1.96 * math.sqrt(max(gained + lost + 1 - (gained - lost) ** 2 / n, 0)) / n
+    return 100 * difference, 100 * (difference - half), 100 * (difference + half)

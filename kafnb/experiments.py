@@ -89,6 +89,7 @@ class Experiment:
 
 # name of an attack -> (where it is, fields of Evaluation that it takes beside eps)
 _STEPS = ("steps", "step_size", "restarts", "norm", "loss", "early_stop", "targeted")
+_ADAPTIVE = ("neighbours", "kwta_smooth", "kwta_both", "double", "kaf_tails", "kaf_annealed")
 ATTACKS = {
     "fgsm": (attacks, ("norm",)),
     "pgd": (attacks, _STEPS),
@@ -96,7 +97,11 @@ ATTACKS = {
     "square": (library_attacks, ("norm", "queries")),
     "cw": (library_attacks, ()),
     "deepfool": (library_attacks, ()),
+<<<<<<< HEAD
 } | {name: (adaptive, _STEPS) for name in ("neighbours", "kwta_smooth", "kwta_both", "double", "kaf_tails", "kaf_annealed")}  # fmt: skip
+=======
+} | dict.fromkeys(_ADAPTIVE, (adaptive, _STEPS))
+>>>>>>> attacks
 TITLES = {
     "fgsm": "FGSM",
     "pgd": "PGD",

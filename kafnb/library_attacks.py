@@ -110,7 +110,7 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, restarts=1):
 
 
 def _smallest(model, x, y, eps, find):
-    """``find(copy of the model, images, labels)`` on the images that the model gets right; kept where in the L2 ball."""
+    """``find(copy of the model, images, labels)`` where the model is right; kept where within the L2 ball."""
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, in pixel units of [0, 1], or inf for no limit, got {eps}")
     _check(x, y, 0.0, "l2")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kafnb import attacks, models
+from kafnb import attacks, losses, models
 
 
 @settings(deadline=None, max_examples=40)
@@ -193,15 +193,15 @@ def test_losses_by_their_formulas():
             "dlr": -(row[own] - max(others)) / (a - c),
         }
         for name, value in expected.items():
-            assert attacks.LOSSES[name](z, y)[i].item() == pytest.approx(value, abs=1e-9)
+            assert losses.LOSSES[name](z, y)[i].item() == pytest.approx(value, abs=1e-9)
     wrong = z.argmax(1) != y
-    assert torch.equal(attacks.margin(z, y) > 0, wrong) and torch.equal(attacks.dlr(z, y) > 0, wrong)
-    assert torch.allclose(attacks.dlr(7 * z, y), attacks.dlr(z, y))  # no scale hides it
+    assert torch.equal(losses.margin(z, y) > 0, wrong) and torch.equal(losses.dlr(z, y) > 0, wrong)
+    assert torch.allclose(losses.dlr(7 * z, y), losses.dlr(z, y))  # no scale hides it
     with pytest.raises(ValueError, match="at least 3 classes"):
-        attacks.dlr(z[:, :2], y % 2)
+        losses.dlr(z[:, :2], y % 2)
 
 
-@pytest.mark.parametrize("loss", list(attacks.LOSSES))
+@pytest.mark.parametrize("loss", list(losses.LOSSES))
 @pytest.mark.parametrize("norm", attacks.NORMS)
 def test_every_loss_and_norm_finds_something(images, loss, norm):
     torch.manual_seed(0)

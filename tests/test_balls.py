@@ -15,7 +15,9 @@ def nearest_l1(x, delta, eps):
     def part(lam):
         return np.minimum(np.maximum(np.abs(delta) - lam, 0), room)
 
-    lam = 0.0 if part(0.0).sum() <= eps else brentq(lambda v: part(v).sum() - eps, 0, np.abs(delta).max() + 1, xtol=1e-14)
+    lam = (
+        0.0 if part(0.0).sum() <= eps else brentq(lambda v: part(v).sum() - eps, 0, np.abs(delta).max() + 1, xtol=1e-14)
+    )
     return np.sign(delta) * part(lam)
 
 

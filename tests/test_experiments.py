@@ -163,3 +163,19 @@ def test_session_table_is_computed_once_for_the_same_arguments(tmp_path, monkeyp
     pd.testing.assert_frame_equal(first, again)
     nb.table(squares, 3, offset=1), nb.table(squares, 4), kafnb.Session("x", seed=1).table(squares, 3)
     assert calls == [3, 3, 4, 3]
+
+
+def test_evaluations_by_every_attack_and_unchanged_keys(store):
+    # frozen: what was stored before attacks were added is still found
+    assert experiments._key(Evaluation("pgd", eps=0.1, step_size=0.025, steps=10, restarts=2, n=360)) == "17e72f847f"
+    assert experiments._key(Evaluation()) == "44136fa355"
+    names = [Evaluation(a, loss=loss).name for a in experiments.ATTACKS for loss in ("ce", "margin")]
+    assert len(set(names)) == len(names) and Evaluation("square", queries=7).name == "Square-7 (true labels)"
+    measured = [
+        Evaluation(a, eps=0.1, steps=2, n=20)
+        for a in ("fgsm", "pgd", "neighbours", "double", "kaf_tails", "kaf_annealed")
+    ]
+    table = kafnb.run(MLP, measured, store=store)
+    assert (table.rate.iloc[1:] <= table.correct[0][:20].mean()).all() and len(table) == 7
+    with pytest.raises(ValueError, match="did you mean 'square'"):
+        Evaluation("sqare")

@@ -42,7 +42,9 @@ def test_same_logits_and_gradients(make, name):
 def test_folding_removes_every_normalisation_of_the_thesis_block():
     quick = twin(trained_like(models.resnet(20, "relu")))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in quick.modules())
-    layouts = [m.weight.is_contiguous(memory_format=torch.channels_last) for m in quick.modules() if isinstance(m, nn.Conv2d)]
+    layouts = [
+        m.weight.is_contiguous(memory_format=torch.channels_last) for m in quick.modules() if isinstance(m, nn.Conv2d)
+    ]
     assert all(layouts)
 
 

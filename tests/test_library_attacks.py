@@ -37,13 +37,20 @@ def _apgd(model, x, y, *, eps):
     return library.autoattack(model, x, y, eps=eps, attacks=("apgd-ce",))
 
 
-@pytest.mark.parametrize("attack, package", [(_square, "pyautoattack"), (_apgd, "pyautoattack"), (library.cw, "foolbox"), (library.deepfool, "art")])
+@pytest.mark.parametrize(
+    "attack, package",
+    [(_square, "pyautoattack"), (_apgd, "pyautoattack"), (library.cw, "foolbox"), (library.deepfool, "art")],
+)
 def test_no_trace_and_repeatable(trained, attack, package):
     needs(package)
     model, x, y = trained
     model.train()
     model[1].weight.grad = torch.ones_like(model[1].weight)
-    before, state, numpy_state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state(), np.random.get_state()[1]
+    before, state, numpy_state = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        torch.get_rng_state(),
+        np.random.get_state()[1],
+    )
     runs = []
     for _ in range(2):
         with torch.random.fork_rng():
@@ -77,8 +84,13 @@ def test_autoattack_against_our_own(trained, norm, eps, parts):
 def test_square_gets_stronger_with_queries(trained):
     needs("pyautoattack")
     model, x, y = trained
-    left = [evaluate.robust_accuracy(model, (x, y), functools.partial(library.square, eps=0.15, queries=q)).rate for q in (5, 300)]
-    white = evaluate.robust_accuracy(model, (x, y), functools.partial(attacks.pgd, eps=0.15, steps=20, restarts=2, early_stop=True)).rate
+    left = [
+        evaluate.robust_accuracy(model, (x, y), functools.partial(library.square, eps=0.15, queries=q)).rate
+        for q in (5, 300)
+    ]
+    white = evaluate.robust_accuracy(
+        model, (x, y), functools.partial(attacks.pgd, eps=0.15, steps=20, restarts=2, early_stop=True)
+    ).rate
     assert white <= left[1] < left[0]
 
 
@@ -95,12 +107,17 @@ def test_smallest_changes(trained, attack, package):
     eps = float(lengths[right].median())
     near = attack(model, x, y, eps=eps)
     assert torch.equal((near != x).flatten(1).any(1), right & (lengths <= eps))
-    pgd = evaluate.robust_accuracy(model, (x, y), functools.partial(attacks.pgd, eps=eps, norm="l2", steps=50, early_stop=True))
+    pgd = evaluate.robust_accuracy(
+        model, (x, y), functools.partial(attacks.pgd, eps=eps, norm="l2", steps=50, early_stop=True)
+    )
     assert pgd.correct[right.numpy()].mean() > 0.25  # within the median of the smallest changes PGD does not break all
 
 
 def test_deepfool_and_cw_against_torchattacks(trained):
-    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is an oracle here, and pins old packages: pip install --no-deps torchattacks")
+    torchattacks = pytest.importorskip(
+        "torchattacks",
+        reason="torchattacks is an oracle here, and pins old packages: pip install --no-deps torchattacks",
+    )
     needs("foolbox")
     model, x, y = trained
     right = evaluate.predict(model, x) == y
