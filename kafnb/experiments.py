@@ -97,11 +97,7 @@ ATTACKS = {
     "square": (library_attacks, ("norm", "queries")),
     "cw": (library_attacks, ()),
     "deepfool": (library_attacks, ()),
-<<<<<<< HEAD
-} | {name: (adaptive, _STEPS) for name in ("neighbours", "kwta_smooth", "kwta_both", "double", "kaf_tails", "kaf_annealed")}  # fmt: skip
-=======
 } | dict.fromkeys(_ADAPTIVE, (adaptive, _STEPS))
->>>>>>> attacks
 TITLES = {
     "fgsm": "FGSM",
     "pgd": "PGD",

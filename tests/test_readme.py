@@ -18,7 +18,9 @@ def test_the_map_is_the_programme():
 
 
 def test_the_count_in_the_status_is_right():
-    words = "No One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve Thirteen Fourteen Fifteen Sixteen Seventeen"
+    words = (
+        "No One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve Thirteen Fourteen Fifteen Sixteen Seventeen"
+    )
     words = [*words.split(), "Eighteen"]
     assert len(PROGRAMME) == 19 and f"{words[len(available())]} of nineteen notebooks" in README
 
