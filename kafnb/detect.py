@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .attacks import project, random_delta, still
-from .curves import CURVES
+from .certify.curves import CURVES
 from .kwta import KWTA
 
 

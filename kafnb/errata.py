@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .adaptive import swapped
 from .attacks import ascend, frozen, random_delta
+from .attacks.adaptive import swapped
 from .kaf import KAF
 from .kwta import KWTA
 

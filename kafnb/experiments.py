@@ -13,8 +13,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import adaptive, attacks, library_attacks, models
+from . import attacks, models
 from .activations import pick
+from .attacks import adaptive
+from .attacks import library as library_attacks
 from .data import load_data
 from .evaluate import LABELS, Score, clean_accuracy, robust_accuracy
 from .paths import VERSION, home
@@ -116,7 +118,7 @@ class Evaluation:
     ----------
     attack : str
         "none" is clean accuracy; else a key of ``ATTACKS``, the function of that name in ``attacks``,
-        ``library_attacks`` or ``adaptive``. Each takes of the fields below what it knows.
+        ``attacks.library`` or ``attacks.adaptive``. Each takes of the fields below what it knows.
     labels : {"true", "predicted"}
         See ``kafnb.evaluate.robust_accuracy``.
     eps, step_size : float, pixel units

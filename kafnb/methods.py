@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from .attacks import ascend, frozen, input_gradient, project, random_delta, still
-from .bounds import interval_bounds
+from .certify.bounds import interval_bounds
 from .kaf import KAF
 from .lipschitz import activation_constant, chain_bound
-from .lipschitz_kaf import kaf_steepest
-from .lipschitz_maps import linear_map, shapes
+from .lipschitz.kaf import kaf_steepest
+from .lipschitz.maps import linear_map, shapes
 
 
 def _learn(model, x, y):

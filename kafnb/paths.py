@@ -16,7 +16,7 @@ def home():
 @functools.cache
 def code_fingerprint():
     """Ten hex digits of the SHA-256 of this package's source: what was computed by other code has another one."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:10]
 
 

@@ -18,8 +18,8 @@ WHERE = ("before", "after")
 
 def activation_layers(model, x):
     """Names of the activation functions of ``model``, in the order in which they run on ``x``."""
-    from .lipschitz_maps import shapes  # knows the order
-    from .lipschitz_units import CONSTANTS
+    from .lipschitz.maps import shapes  # knows the order
+    from .lipschitz.units import CONSTANTS
 
     kinds = tuple(k for k in CONSTANTS if k is not nn.Identity)
     return [name for module, (name, _) in shapes(model, x).items() if isinstance(module, kinds)]

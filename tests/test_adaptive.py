@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import kafnb
-from kafnb import adaptive, attacks, checklist, errata, evaluate, models
+from kafnb import attacks, errata, evaluate, models
+from kafnb.attacks import adaptive, checklist
 
 
 def small(name, seed=0):

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kafnb import attacks, losses, models
+from kafnb import attacks, models
+from kafnb.attacks import losses
 
 
 @settings(deadline=None, max_examples=40)

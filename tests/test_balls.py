@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import brentq, minimize
 
-from kafnb import balls
+from kafnb.attacks import balls
 
 
 def nearest_l1(x, delta, eps):

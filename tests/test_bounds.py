@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import kafnb
-from kafnb import KAF, KWTA, bounds, certify, crown, curves
+from kafnb import KAF, KWTA, certify
+from kafnb.certify import bounds, crown, curves
 from kafnb.models import _PadShortcut
 
 ELEMENTWISE = {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kafnb import attacks, models
-from kafnb.fast import twin
+from kafnb.attacks.fast import twin
 
 
 def trained_like(model, seed=0):

@@ -51,7 +51,7 @@ def test_chi_is_the_mean_hermite_degree():
 
 @pytest.mark.parametrize("size, boundary, share", [(20, 3.0, 1), (20, 3.0, 4), (7, 2.0, 1), (50, 4.0, 2)])
 def test_kaf_moments_against_quadrature(size, boundary, share):
-    kaf = KAF(3, size, boundary, bandwidth=kafnb.kernels.default_bandwidth(size, boundary) / share)
+    kaf = KAF(3, size, boundary, bandwidth=kafnb.kaf.kernels.default_bandwidth(size, boundary) / share)
     slopes, covariance = gradients.kaf_moments(kaf.dictionary[0], kaf.grid.gamma)
     a = kaf.alpha.detach().double()
     chi = torch.einsum("ci,ij,cj->", a, slopes, a) / torch.einsum("ci,ij,cj->", a, covariance, a)

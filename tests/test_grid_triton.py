@@ -12,7 +12,9 @@ SIZES = [(2, 3.0), (5, 1.0), (20, 3.0), (37, 3.0), (64, 10.0)]
 
 def check(device):
     """Forward and backward of the kernels against the eager evaluation in float64."""
-    from kafnb import KAF, grid_eager, grid_triton
+    from kafnb import KAF
+    from kafnb.kaf import eager as grid_eager
+    from kafnb.kaf import fused as grid_triton
 
     grid_triton.BLOCK = 64  # several blocks, the last of them not full
     for size, boundary in SIZES:
@@ -51,7 +53,7 @@ def test_compiles_for_a_gpu_that_is_not_here():
     triton = pytest.importorskip("triton")
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    from kafnb import grid_triton
+    from kafnb.kaf import fused as grid_triton
 
     pointers = dict.fromkeys(("a_ptr", "m_ptr", "h_ptr", "centres"), "*fp32") | dict.fromkeys(
         ("middles", "sizes"), "*i64"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kafnb
-from kafnb import attacks, balls, evaluate, models
-from kafnb import library_attacks as library
+from kafnb import attacks, evaluate, models
+from kafnb.attacks import balls, library
 
 SMALLEST = (library.cw, library.deepfool)
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kafnb
-from kafnb import lipschitz, lipschitz_layers, models
-from kafnb.lipschitz_kaf import KafRanges
-from kafnb.lipschitz_units import TURNS, ranges
+from kafnb import lipschitz, models
+from kafnb.lipschitz import layers as lipschitz_layers
+from kafnb.lipschitz.kaf import KafRanges
+from kafnb.lipschitz.units import TURNS, ranges
 
 
 def randomised(model, seed=0):

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from kafnb import Recipe, collapse, fit, methods, models, training
-from kafnb.bounds import interval_bounds
+from kafnb.certify.bounds import interval_bounds
 from kafnb.methods import METHODS
 
 

@@ -8,9 +8,9 @@ two exponentials an element instead of D. Powers up to D - 1 would overflow floa
 products r^(pq) r^s instead, in groups of p points, each factor carrying half of exp(-gamma u^2), which keeps it in
 range. Where that half underflows, some 20 spacings beyond the grid, f is exactly zero. The same arithmetic runs
 
-* eagerly, block by block in the cache (``grid_eager``),
-* under ``torch.compile``, as element-wise operations that the compiler fuses (``grid_compiled``),
-* on CUDA, as one Triton kernel forward and one backward (``grid_triton``).
+* eagerly, block by block in the cache (``eager``),
+* under ``torch.compile``, as element-wise operations that the compiler fuses (``compiled``),
+* on CUDA, as one Triton kernel forward and one backward (``fused``).
 """
 
 import functools

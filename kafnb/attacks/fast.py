@@ -10,14 +10,14 @@ import itertools
 import torch
 from torch import nn
 
-from .models import HeBlock, PreactBlock, ThesisBlock
+from ..models import HeBlock, PreactBlock, ThesisBlock
 
 # work on any memory layout; a KAF works on channels-first blocks and would copy
 ANY_LAYOUT = (
     nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout,
     nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Tanh,
 )  # fmt: skip
-KNOWN = ("torch.nn.modules", "kafnb.models", "kafnb.kaf", "kafnb.kwta", "kafnb.parametric", "kafnb.fast")
+KNOWN = ("torch.nn.modules", "kafnb.models", "kafnb.kaf", "kafnb.kwta", "kafnb.parametric", "kafnb.attacks.fast")
 
 
 def _affine(norm):

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import nn
 
-from .kaf import KAF
+from ..kaf import KAF
 
 PIECES = 32
 SLACK = 1e-9  # relative; above the rounding of float64 in all that follows, below any bound of interest

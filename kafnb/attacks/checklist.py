@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..evaluate import _images, robust_accuracy
+from . import fgsm, input_gradient, pgd, still
 from .adaptive import transfer
-from .attacks import fgsm, input_gradient, pgd, still
-from .evaluate import _images, robust_accuracy
-from .library_attacks import square
+from .library import square
 from .losses import cross_entropy
 
 TOLERANCE = 0.02  # share of images by which one attack may beat a stronger one before it is a finding

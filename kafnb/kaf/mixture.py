@@ -13,7 +13,8 @@ Two functions that call each other are therefore enough for derivatives of any o
 
 import torch
 
-from . import grid_compiled, grid_eager
+from . import compiled as grid_compiled
+from . import eager as grid_eager
 from .grid import points
 from .kernels import KERNELS
 
@@ -64,7 +65,7 @@ def _triton(x):
     if not x.is_cuda:
         return None
     try:
-        from . import grid_triton
+        from . import fused as grid_triton
     except ImportError:  # a torch without Triton: the eager evaluation runs on CUDA as well
         return None
     return grid_triton if grid_triton.usable(x) else None

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import beta, binomtest, norm
 from torch import nn
 
-from .attacks import still
+from ..attacks import still
 from .bounds import interval_bounds
 from .crown import crown_bounds
 

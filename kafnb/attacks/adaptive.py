@@ -10,10 +10,10 @@ import functools
 import torch
 from torch import nn
 
-from .attacks import logits_and_gradient, pgd
+from ..kaf import KAF
+from ..kwta import KWTA
+from . import logits_and_gradient, pgd
 from .balls import random_delta
-from .kaf import KAF
-from .kwta import KWTA
 
 
 def swapped(model, kind, make):

@@ -12,9 +12,9 @@ import operator
 from torch import fx, nn
 from torch.nn import functional as F
 
+from ..kwta import KWTA
+from ..models import _PadShortcut
 from .curves import CURVES, PIECES, curve, value_range
-from .kwta import KWTA
-from .models import _PadShortcut
 
 # x -> W x + b, with W = |W| except for the three that carry weights
 SHAPES = (nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, _PadShortcut)

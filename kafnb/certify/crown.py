@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..kwta import KWTA
 from .bounds import SHAPES, WEIGHTED, bias_of, interval, linear, unroll
 from .curves import curve, relaxation
-from .kwta import KWTA
 
 
 def _back(function, coefficient, like):

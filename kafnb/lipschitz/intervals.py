@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from .lipschitz_local import check_ball, dual
-from .lipschitz_maps import expand, linear_map, through
-from .lipschitz_units import ranges
+from .local import check_ball, dual
+from .maps import expand, linear_map, through
+from .units import ranges
 
 # linear, and no coefficient is negative: an interval's ends go through by themselves
 MONOTONE = (nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Dropout, nn.Dropout2d, nn.Identity)

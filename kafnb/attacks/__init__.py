@@ -2,7 +2,7 @@
 
 Images are float tensors in [0, 1], eps is in the same units, labels are required: which label an attack pushes
 away from decides what its score means (notebook 17). No attack changes the model's mode, its statistics, its
-gradients or which parameters require them. Ours are here; those of libraries in ``library_attacks``, those made
+gradients or which parameters require them. Ours are here; those of libraries in ``library``, those made
 for one kind of network in ``adaptive``.
 """
 

@@ -5,11 +5,11 @@ A chain of layers stretches the difference of two inputs at most by the product 
 .. math:: \lVert F(x) - F(y)\rVert_2 \le \prod_l L_l \; \lVert x - y\rVert_2,
 
 a residual block by the sum over its branches. A linear layer's factor is its spectral norm, computed for the layer as
-it acts (``lipschitz_layers``), an activation's is in ``lipschitz_units``, a KAF's in ``lipschitz_kaf``.
+it acts (``layers``), an activation's is in ``units``, a KAF's in ``kaf``.
 Batch normalisation, with its running statistics, and the activation behind it stretch each channel by itself. *Folded*
 into the layer before them, ||diag(s) W|| instead of max|s| ||W||, they give a smaller factor that still bounds.
 
-What is true near given images: from below in ``lipschitz_local``, from above in ``lipschitz_intervals``.
+What is true near given images: from below in ``local``, from above in ``intervals``.
 
 Source: Szegedy et al., ICLR 2014, arXiv:1312.6199, section 4.3.
 """
@@ -20,12 +20,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .lipschitz_intervals import local_bound
-from .lipschitz_kaf import kaf_bound, kaf_constant
-from .lipschitz_layers import spectral_norm
-from .lipschitz_local import clever, gradient_norms, jacobian_norms
-from .lipschitz_maps import expand, shapes
-from .lipschitz_units import CONSTANTS, activation_constant
+from .intervals import local_bound
+from .kaf import kaf_bound, kaf_constant
+from .layers import spectral_norm
+from .local import clever, gradient_norms, jacobian_norms
+from .maps import expand, shapes
+from .units import CONSTANTS, activation_constant
 
 __all__ = [
     "activation_constant", "clever", "factors", "gradient_norms", "jacobian_norms", "kaf_bound", "kaf_constant",
@@ -62,7 +62,7 @@ def chain_bound(layers, shape_of, norm, constant, fold=True, rows=None):
     """Product over a list of layers, with sums over residual branches: what ``network_bound`` calls.
 
     Differentiable where ``norm`` (layer, input shape, scale or None) and ``constant`` (activation) are. ``shape_of``
-    is from ``lipschitz_maps.shapes``; ``rows`` collects (names, factor).
+    is from ``maps.shapes``; ``rows`` collects (names, factor).
     """
     total, rest = 1.0, list(layers)
     while rest:
@@ -78,7 +78,7 @@ def chain_bound(layers, shape_of, norm, constant, fold=True, rows=None):
         if factor is None:
             scale, names = None if linear else _diagonal(layer, constant), [name]
             if not linear and scale is None:
-                raise ValueError(f"no Lipschitz rule for {type(layer).__name__}: add it to lipschitz_units.CONSTANTS")
+                raise ValueError(f"no Lipschitz rule for {type(layer).__name__}: add it to lipschitz.units.CONSTANTS")
             while fold and rest and (more := _diagonal(rest[0], constant)) is not None:
                 scale = more if scale is None else scale * more
                 names.append(shape_of.get(rest.pop(0), ("",))[0])

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attacks import still
-from .models import HeBlock, PreactBlock, ThesisBlock
+from ..attacks import still
+from ..models import HeBlock, PreactBlock, ThesisBlock
 
 
 def expand(layer):

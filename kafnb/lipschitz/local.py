@@ -5,7 +5,7 @@ For the label y and another class j, the margin m_j = f_y - f_j cannot fall to z
 .. math:: m_j(x) > \varepsilon \sup_{z \in B(x, \varepsilon)} \lVert \nabla m_j(z) \rVert_*,
 
 with the dual norm: L1 for an L-inf ball, L2 for an L2 ball. ``gradient_norms`` gives the norm at points of the ball,
-which is at most the supremum; ``lipschitz_intervals.local_bound`` a number that is at least that; ``clever`` a guess.
+which is at most the supremum; ``intervals.local_bound`` a number that is at least that; ``clever`` a guess.
 """
 
 import warnings
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from .attacks import NORMS, project, random_delta, still
+from ..attacks import NORMS, project, random_delta, still
 
 
 def dual(g, norm):

@@ -9,7 +9,7 @@ import typing
 import torch
 from torch import nn
 
-from .lipschitz_maps import linear_map
+from .maps import linear_map
 
 METHODS = ("power", "svd", "fourier", "certified")
 

@@ -6,10 +6,10 @@ A layer of element-wise functions is Lipschitz per channel: |f_c(x) - f_c(y)| <=
 import torch
 from torch import nn
 
-from .kaf import KAF
-from .kwta import KWTA
-from .lipschitz_kaf import KafRanges, kaf_constant
-from .parametric import APL, SAF, Maxout, PSSiLU, SReLU
+from ..kaf import KAF
+from ..kwta import KWTA
+from ..parametric import APL, SAF, Maxout, PSSiLU, SReLU
+from .kaf import KafRanges, kaf_constant
 
 # x sigmoid(x) and x Phi(x): where they are steepest, where lowest, and the steepest slope, rounded up
 SWISH_STEEPEST, SWISH_LOWEST, SWISH_SLOPE = 2.39935728051546767, -1.27846454276107380, 1.09983932012887

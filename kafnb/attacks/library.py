@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from .attacks import _check
+from . import _check
 from .balls import size
 from .fast import twin
 
