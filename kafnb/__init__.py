@@ -39,6 +39,6 @@ from .training import Recipe, fit
 
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
-    "activation", "attacks", "certify", "diagrams", "evaluate", "figures", "fit", "gradients", "history", "lipschitz", "load",
-    "load_data", "models", "notebooks", "paths", "probes", "run", "training",
+    "activation", "attacks", "certify", "diagrams", "evaluate", "figures", "fit", "gradients", "history", "lipschitz",
+    "load", "load_data", "models", "notebooks", "paths", "probes", "run", "training",
 ]  # fmt: skip

@@ -63,7 +63,7 @@ def growth_factor(name, block=None, *, depth=56, image_size=16, seeds=2):
     ----------
     name : str or callable
         An activation's name, or channels -> module.
-    block : {"thesis", "he", "preact"}, optional
+    block : {"thesis", "he", "preact", "plain"}, optional
         Without: chi, the growth of the *squared* norm through one normalisation, activation and convolution. With:
         growth of the norm a residual block, the geometric mean over a ResNet of this ``depth``, by mean-field theory
         (``kafnb.meanfield``).

@@ -97,7 +97,7 @@ def predict(activation, block="thesis", depth=56, image_size=16, *, width=16, sa
     ----------
     activation : str or callable
         A name, or channels -> module.
-    block : {"thesis", "he", "preact"}
+    block : {"thesis", "he", "preact", "plain"}
     depth : int
         6n + 2.
     image_size : int

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..attacks import still
-from ..models import HeBlock, PreactBlock, ThesisBlock
+from ..models import HeBlock, PlainBlock, PreactBlock, ThesisBlock
 
 
 def expand(layer):
@@ -15,6 +15,8 @@ def expand(layer):
         return [list(b)], []
     if isinstance(b, ThesisBlock):
         return [[b.conv1, b.bn1, b.act1, b.conv2], [b.skip]], [b.bn2, b.act2]
+    if isinstance(b, PlainBlock):  # a HeBlock too, but without the skip
+        return [[b.conv1, b.bn1, b.act1, b.conv2, b.bn2]], [b.act2]
     if isinstance(b, HeBlock):
         return [[b.conv1, b.bn1, b.act1, b.conv2, b.bn2], [b.skip]], [b.act2]
     if isinstance(b, PreactBlock):
