@@ -28,12 +28,11 @@ def _affine(norm):
 
 
 def _scaled(conv, s, t=None):
-    """The convolution followed by y = s x + t; without t only its weights are scaled."""
-    out = copy.deepcopy(conv)
-    out.weight.mul_(s.view(-1, 1, 1, 1))
+    """The convolution, changed in place to be followed by y = s x + t; without t only its weights are scaled."""
+    conv.weight.mul_(s.view(-1, 1, 1, 1))
     if t is not None:
-        out.bias = nn.Parameter(t if conv.bias is None else t + s * conv.bias)
-    return out
+        conv.bias = nn.Parameter(t if conv.bias is None else t + s * conv.bias)
+    return conv
 
 
 def _behind_conv(act):
