@@ -95,6 +95,7 @@ _ADAPTIVE = ("neighbours", "kwta_smooth", "kwta_both", "double", "kaf_tails", "k
 ATTACKS = {
     "fgsm": (attacks, ("norm",)),
     "pgd": (attacks, _STEPS),
+    "apgd": (library_attacks, ("norm",)),
     "autoattack": (library_attacks, ("norm",)),
     "square": (library_attacks, ("norm", "queries")),
     "cw": (library_attacks, ()),
@@ -103,6 +104,7 @@ ATTACKS = {
 TITLES = {
     "fgsm": "FGSM",
     "pgd": "PGD",
+    "apgd": "APGD",
     "autoattack": "AutoAttack",
     "square": "Square",
     "cw": "C&W",

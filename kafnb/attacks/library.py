@@ -96,6 +96,11 @@ def autoattack(model, x, y, *, eps, norm="linf", attacks=AUTOATTACK, batch_size=
         return runner.run_standard_evaluation(x, y, batch_size=batch_size)[0]
 
 
+def apgd(model, x, y, *, eps, norm="linf"):
+    """AutoAttack's first two parts: APGD on the cross-entropy, then towards every other class."""
+    return autoattack(model, x, y, eps=eps, norm=norm, attacks=AUTOATTACK[:2])
+
+
 def square(model, x, y, *, eps, norm="linf", queries=5000, restarts=1):
     """Square attack: random search with squares, which sees the logits and no gradient.
 
