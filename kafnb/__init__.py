@@ -3,13 +3,15 @@
 Table of contents, in the order of the story:
 
     kaf/, kwta, parametric, activations   the non-linearities; kaf/ holds how a KAF is evaluated
-    models, data, methods, training       networks, images, how the one learns the other
+    models, data                          networks and images
+    methods, recipe, training             how the one learns the other
     gradients, meanfield                  how gradients grow with depth: measured and predicted
-    attacks/, evaluate                    fooling them, and counting honestly
+    attacks/, evaluate, evaluations       fooling them, counting honestly, describing what was counted
     collapse, detect                      training that fools itself; recognising attacks, and why that fails
     probes, lipschitz/                    what goes on inside, and how fast it can change
     certify/                              proofs that no attack exists: intervals, lines, constants, votes
-    experiments, store, profiles          describe, train or load, keep; the sizes
+    experiments, store, provenance        describe, train or load, keep, and where it came from
+    profiles                              the sizes
     compare, thesis, errata               paired tests; what the thesis reports, and its own ways
     figures, diagrams, notebooks          pictures, and running it all
 """
@@ -30,12 +32,14 @@ from . import (
 )
 from .activations import ACTIVATIONS, activation
 from .data import Data, load_data
-from .experiments import Evaluation, Experiment, history, load, run
+from .evaluations import Evaluation
+from .experiments import Experiment, history, load, run
 from .kaf import KAF
 from .kwta import KWTA
 from .paths import VERSION as __version__
 from .profiles import PROFILES, Session
-from .training import Recipe, fit
+from .recipe import Recipe
+from .training import fit
 
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from .paths import home
 
@@ -171,3 +172,18 @@ def _decode(files, path):
     with ThreadPoolExecutor() as pool:
         list(pool.map(place, range(len(files))))
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()  # (N, H, W, 3) -> (N, 3, H, W)
+
+
+def augment(x, kind):
+    """Random crop after zero padding, and horizontal flip, drawn for each image; (N, C, H, W) -> same."""
+    n, c, h, w = x.shape
+    pad = h // 8
+    padded = F.pad(x, (pad, pad, pad, pad))
+    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), device=x.device)
+    rows = (top + torch.arange(h, device=x.device))[:, None, :, None]  # (N, 1, H, 1)
+    cols = (left + torch.arange(w, device=x.device))[:, None, None, :]  # (N, 1, 1, W)
+    examples = torch.arange(n, device=x.device)[:, None, None, None]
+    x = padded[examples, torch.arange(c, device=x.device)[:, None, None], rows, cols]
+    if kind == "crop_flip":
+        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+    return x

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,33 +10,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import attacks, models
-from .activations import pick
-from .attacks import adaptive
-from .attacks import library as library_attacks
+from . import models
 from .data import load_data
-from .evaluate import LABELS, Score, clean_accuracy, robust_accuracy
-from .paths import VERSION, home
-from .store import Folder, default_store
-from .training import Recipe, fit
-
-
-def _changed(value):
-    """The fields that differ from their defaults: a field added later leaves all old keys as they are."""
-    out = {}
-    for f in dataclasses.fields(value):
-        v = getattr(value, f.name)
-        if dataclasses.is_dataclass(v):
-            v = _changed(v)
-        if f.default is not dataclasses.MISSING and getattr(value, f.name) == f.default:
-            continue
-        out[f.name] = v
-    return out
-
-
-def _key(value, length=10):
-    text = json.dumps(_changed(value), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+from .evaluate import Score
+from .evaluations import CLEAN
+from .provenance import device_name, provenance
+from .recipe import Recipe
+from .store import Folder, default_store, key_of
+from .training import fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +54,7 @@ class Experiment:
     @property
     def key(self):
         data = f"folder:{Path(self.data).name}" if self.data.startswith("folder:") else self.data
-        return _key(dataclasses.replace(self, data=data))
+        return key_of(dataclasses.replace(self, data=data))
 
     @property
     def name(self):
@@ -87,117 +65,6 @@ class Experiment:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return models.build(self.model, self.activation, data, **dict(self.options))
-
-
-# name of an attack -> (where it is, fields of Evaluation that it takes beside eps)
-_STEPS = ("steps", "step_size", "restarts", "norm", "loss", "early_stop", "targeted")
-_ADAPTIVE = ("neighbours", "kwta_smooth", "kwta_both", "double", "kaf_tails", "kaf_annealed")
-ATTACKS = {
-    "fgsm": (attacks, ("norm",)),
-    "pgd": (attacks, _STEPS),
-    "apgd": (library_attacks, ("norm",)),
-    "autoattack": (library_attacks, ("norm",)),
-    "square": (library_attacks, ("norm", "queries")),
-    "cw": (library_attacks, ()),
-    "deepfool": (library_attacks, ()),
-} | dict.fromkeys(_ADAPTIVE, (adaptive, _STEPS))
-TITLES = {
-    "fgsm": "FGSM",
-    "pgd": "PGD",
-    "apgd": "APGD",
-    "autoattack": "AutoAttack",
-    "square": "Square",
-    "cw": "C&W",
-    "deepfool": "DeepFool",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One measurement of a trained model on the first n test images.
-
-    Attributes
-    ----------
-    attack : str
-        "none" is clean accuracy; else a key of ``ATTACKS``, the function of that name in ``attacks``,
-        ``attacks.library`` or ``attacks.adaptive``. Each takes of the fields below what it knows.
-    labels : {"true", "predicted"}
-        See ``kafnb.evaluate.robust_accuracy``.
-    eps, step_size : float, pixel units
-    steps, restarts, norm, loss, early_stop, targeted
-        See ``kafnb.attacks.pgd``.
-    queries : int
-        Of the Square attack.
-    """
-
-    attack: str = "none"
-    eps: float = 8 / 255
-    steps: int = 10
-    step_size: float | None = None
-    restarts: int = 1
-    norm: str = "linf"
-    labels: str = "true"
-    n: int | None = None
-    seed: int = 0
-    loss: str = "ce"
-    early_stop: bool = False
-    targeted: bool | str = False
-    queries: int = 5000
-
-    def __post_init__(self):
-        if self.attack != "none":
-            pick(ATTACKS, self.attack, "attack")
-        if self.labels not in LABELS:
-            raise ValueError(f"labels must be one of {LABELS}, got {self.labels!r}")
-
-    @property
-    def name(self):
-        if self.attack == "none":
-            return "clean"
-        takes, label = ATTACKS[self.attack][1], TITLES.get(self.attack, self.attack)
-        label += f"-{self.steps}-{self.restarts}" if "steps" in takes else ""
-        label += f"-{self.queries}" if "queries" in takes else ""
-        label += f"-{self.loss}" if self.loss != "ce" else ""
-        label += "-all-targets" if self.targeted == "all" else ""
-        return f"{label} ({self.labels} labels)"
-
-    def __call__(self, model, data):
-        if self.attack == "none":
-            return clean_accuracy(model, data, n=self.n)
-        module, takes = ATTACKS[self.attack]
-        options = {"eps": self.eps} | {field: getattr(self, field) for field in takes}
-        attack = functools.partial(getattr(module, self.attack), **options)
-        return robust_accuracy(model, data, attack, self.labels, n=self.n, seed=self.seed)
-
-
-CLEAN = Evaluation()
-
-
-def provenance():
-    """Code version, commit, device names and library versions, for records beside results."""
-
-    def git(*args):
-        out = subprocess.run(["git", *args], cwd=home(), capture_output=True, text=True)
-        return out.stdout.strip() if out.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--", "kafnb") else ""
-        )
-    except OSError:  # no git on this machine
-        commit = ""
-    return {
-        "kafnb": VERSION,
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
-
-
-def device_name(device):
-    device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 PRODUCTS = ("weights.safetensors", "history.csv", "experiment.json")
@@ -243,7 +110,7 @@ def _trained(folder, experiment, data, device, progress):
 
 def _score(folder, evaluation, model, data):
     slug = evaluation.name.split(" ")[0].lower()
-    name = f"evaluation-{slug}-{_key(evaluation)}.csv"
+    name = f"evaluation-{slug}-{key_of(evaluation)}.csv"
     if folder.has(name):
         correct = folder.read_table(name)["correct"].to_numpy(bool)
         return Score(correct, "none" if evaluation.attack == "none" else evaluation.labels)

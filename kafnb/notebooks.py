@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from .figures import update_manifest
+from .figures import read_manifest, update_manifest
 from .paths import home, write_atomically
 from .profiles import PROFILES, resolve_data, resolve_device
 
@@ -110,6 +110,8 @@ def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=Non
     jobs = min(len(names), jobs or (cores if device == "cpu" else 1)) or 1
     parameters = dict(profile=profile, seed=seed, device=device, data_root=str(data_root) if data_root else None)
     store = home() / "results"
+    manifest = read_manifest(home() / "figures" / profile).get("notebooks", {})
+    names.sort(key=lambda n: -manifest.get(n, {}).get("seconds_from_nothing", 0))  # the longest first
     kind = "seconds" if store.is_dir() and any(store.glob("*/SHA256SUMS")) else "seconds_from_nothing"
     outcomes, context = [], multiprocessing.get_context("spawn")
     with (

@@ -1,7 +1,5 @@
 """Where the companion keeps things: all under one root, the checkout (or the folder in KAFNB_HOME)."""
 
-import functools
-import hashlib
 import os
 from pathlib import Path
 
@@ -11,13 +9,6 @@ VERSION = "0.1.0"
 def home():
     """The checkout that holds this package, or the folder named by the environment variable KAFNB_HOME."""
     return Path(os.environ.get("KAFNB_HOME") or Path(__file__).resolve().parents[1])
-
-
-@functools.cache
-def code_fingerprint():
-    """Ten hex digits of the SHA-256 of this package's source: what was computed by other code has another one."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:10]
 
 
 def write_atomically(path, write):

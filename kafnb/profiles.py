@@ -7,13 +7,16 @@ import os
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from . import experiments, figures, paths, thesis
+from . import experiments, figures, thesis
 from .data import load_data
+from .evaluations import Evaluation
 from .paths import home
+from .provenance import code_fingerprint, device_name, provenance
+from .recipe import Recipe
 from .store import Folder, default_store
-from .training import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Profile:
         defaults = dict(eps=self.eps, step_size=self.step_size, steps=self.steps, restarts=self.restarts, n=self.images)
         if attack == "fgsm":
             defaults = dict(eps=self.eps, n=self.images)
-        return experiments.Evaluation(attack, labels=labels, **defaults | changes)
+        return Evaluation(attack, labels=labels, **defaults | changes)
 
 
 _THESIS_VGG = {activation: row[1] for activation, row in thesis.VGG.items()}
@@ -183,14 +186,17 @@ class Session:
         source, not what other notebook cells define: pass that as an argument. Not for timings.
         """
         given = [inspect.getsource(function), repr(arguments), repr(sorted(options.items()))]
-        fixed = [str(self.seed), self.profile.name, self.data.fingerprint, paths.code_fingerprint()]
+        fixed = [str(self.seed), self.profile.name, self.data.fingerprint, code_fingerprint()]
         key = hashlib.sha256("\0".join(given + fixed).encode()).hexdigest()[:10]
         folder = Folder(default_store() / f"{self.notebook}-{function.__name__}-{key}")
         with folder.lock():
             if not folder.has("table.csv"):
                 with torch.random.fork_rng():
                     torch.manual_seed(self.seed)
-                    folder.write_table("table.csv", function(*arguments, **options))
+                    computed = function(*arguments, **options)
+                if not isinstance(computed, pd.DataFrame):
+                    raise TypeError(f"{function.__name__} must return a DataFrame, got {type(computed).__name__}")
+                folder.write_table("table.csv", computed)
             return folder.read_table("table.csv")
 
     def save(self, figure, name, table):
@@ -198,7 +204,7 @@ class Session:
         figures.save_figure(
             figure, f"{self.notebook}_{name}", table, home() / "figures" / self.profile.name,
             notebook=self.notebook, profile=self.profile.name, data=self.data.name, seed=self.seed,
-            device=experiments.device_name(self.device), **experiments.provenance(),
+            device=device_name(self.device), **provenance(),
         )  # fmt: skip
 
     def __str__(self):

@@ -12,6 +12,7 @@ A file counts once its checksum is listed; files are written whole or not at all
 process from training the same model.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,6 +32,25 @@ SUMS = "SHA256SUMS"
 def _sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _changed(value):
+    """The fields that differ from their defaults: a field added later leaves all old keys as they are."""
+    out = {}
+    for f in dataclasses.fields(value):
+        v = getattr(value, f.name)
+        if dataclasses.is_dataclass(v):
+            v = _changed(v)
+        if f.default is not dataclasses.MISSING and getattr(value, f.name) == f.default:
+            continue
+        out[f.name] = v
+    return out
+
+
+def key_of(value, length=10):
+    """Hash of a frozen description: the name under which the store keeps what belongs to it."""
+    text = json.dumps(_changed(value), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 class Folder:

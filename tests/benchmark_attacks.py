@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import kafnb
-from kafnb import attacks, experiments, figures, models, paths
+from kafnb import attacks, figures, models, paths, provenance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -109,6 +109,6 @@ def test_pgd(task):
     print("\n", table.round(4).to_string())
     name, folder = f"attacks_{DEVICE}", paths.home() / "figures" / "benchmark"
     paths.write_atomically(folder / f"{name}.csv", lambda p: table.to_csv(p, index=False, lineterminator="\n"))
-    where = {"device": experiments.device_name(DEVICE)} | experiments.provenance()
+    where = {"device": provenance.device_name(DEVICE)} | provenance.provenance()
     figures.update_manifest(folder, "tables", name, where)
     assert (table.images_steps_per_s > 0).all() and table.standing.between(0, 1).all()

@@ -41,7 +41,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     """``make bench``: keep the table, and on which machine it was measured, in figures/benchmark/."""
     import pandas as pd
 
-    from kafnb import experiments, figures, paths
+    from kafnb import figures, paths, provenance
 
     rows = [
         {"case": b["name"], "median_ms": 1e3 * b["stats"]["median"], "min_ms": 1e3 * b["stats"]["min"]}
@@ -54,7 +54,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         folder / f"kaf_{device}.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False, lineterminator="\n")
     )
     where = {
-        "device": experiments.device_name(device),
+        "device": provenance.device_name(device),
         "processor": output_json["machine_info"]["cpu"].get("brand_raw", ""),
     }
-    figures.update_manifest(folder, "tables", f"kaf_{device}", where | experiments.provenance())
+    figures.update_manifest(folder, "tables", f"kaf_{device}", where | provenance.provenance())

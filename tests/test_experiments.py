@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import kafnb
-from kafnb import Evaluation, Experiment, Recipe, experiments
-from kafnb.store import Folder
+from kafnb import Evaluation, Experiment, Recipe, evaluations, experiments
+from kafnb.store import Folder, key_of
 
 QUICK = Recipe("fgsm_rs", epochs=3, lr=(0.003, 0.3), eps=0.1)
 MLP = Experiment("digits", "mlp", "kaf_elu", QUICK, 0, {"hidden": (16,)})
@@ -165,11 +165,22 @@ def test_session_table_is_computed_once_for_the_same_arguments(tmp_path, monkeyp
     assert calls == [3, 3, 4, 3]
 
 
+def test_session_table_says_what_the_function_must_return(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAFNB_HOME", str(tmp_path))
+    with pytest.raises(TypeError, match="number must return a DataFrame, got int"):
+        kafnb.Session("99_test").table(number)
+    assert not list(tmp_path.rglob("table.csv"))
+
+
+def number():
+    return 3
+
+
 def test_evaluations_by_every_attack_and_unchanged_keys(store):
     # frozen: what was stored before attacks were added is still found
-    assert experiments._key(Evaluation("pgd", eps=0.1, step_size=0.025, steps=10, restarts=2, n=360)) == "17e72f847f"
-    assert experiments._key(Evaluation()) == "44136fa355"
-    names = [Evaluation(a, loss=loss).name for a in experiments.ATTACKS for loss in ("ce", "margin")]
+    assert key_of(Evaluation("pgd", eps=0.1, step_size=0.025, steps=10, restarts=2, n=360)) == "17e72f847f"
+    assert key_of(Evaluation()) == "44136fa355"
+    names = [Evaluation(a, loss=loss).name for a in evaluations.ATTACKS for loss in ("ce", "margin")]
     assert len(set(names)) == len(names) and Evaluation("square", queries=7).name == "Square-7 (true labels)"
     measured = [
         Evaluation(a, eps=0.1, steps=2, n=20)

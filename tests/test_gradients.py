@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 import kafnb
-from kafnb import KAF, Recipe, fit, gradients, models
+from kafnb import KAF, Recipe, fit, gradients, models, training
 
 BANDWIDTH = KAF(1).grid.gamma
 NETS = {
@@ -149,6 +149,12 @@ def test_monitor_warns_before_float16_would_overflow(tiny):
     model = models.resnet(44, "kaf", in_channels=1, image_size=8)
     with pytest.warns(UserWarning, match="blocks.0 has norm .* float16"):
         fit(model, tiny, Recipe(epochs=1, batch_size=100, lr=(0, 0), monitor=True))
+
+
+def test_monitor_warns_of_nan(tiny, monkeypatch):
+    monkeypatch.setattr(training, "measure", lambda *_: {"blocks.0": 1e6, "blocks.1": float("nan"), "blocks.2": 1.0})
+    with pytest.warns(UserWarning, match="blocks.1 has norm nan"):
+        fit(models.mlp(), tiny, Recipe(epochs=1, batch_size=100, monitor=True))
 
 
 class Exploding(torch.nn.Module):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kafnb import KAF
 from kafnb.kaf import RIDGE_TARGETS
+from kafnb.kaf.gaussian import gaussian_mixture, grid_mixture
 from kafnb.kaf.kernels import KERNELS, condition, default_bandwidth, gram, ridge_coefficients, second_moment
-from kafnb.kaf.mixture import gaussian_mixture, grid_mixture
 
 
 def reference(x, alpha, dictionary, gamma):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from kafnb import Recipe, attacks, fit, models, training
+from kafnb.data import augment
 from kafnb.methods import METHODS
+from kafnb.recipe import epochs_of, optimizer_of, triangular
 
 
 def weights(model):
@@ -15,7 +17,7 @@ def weights(model):
 
 
 def test_triangle():
-    rates = [training.triangular(s, 100, 0.1, 0.9, 0.4) for s in (0, 20, 40, 70, 100)]
+    rates = [triangular(s, 100, 0.1, 0.9, 0.4) for s in (0, 20, 40, 70, 100)]
     assert rates == pytest.approx([0.1, 0.5, 0.9, 0.5, 0.1])
 
 
@@ -28,7 +30,7 @@ def test_schedule_reaches_its_top_and_ends_low(tiny):
 def test_every_method_learns(tiny, method):
     recipe = Recipe(method, epochs=24, lr=(0.003, 0.3), batch_size=32, eps=0.05, steps=2, replays=3)
     history = fit(models.mlp("swish"), tiny, recipe)
-    assert len(history) == training.epochs_of(recipe) == (8 if method == "free" else 24)
+    assert len(history) == epochs_of(recipe) == (8 if method == "free" else 24)
     if method == "interval":  # its loss is that of a growing ball
         assert history.accuracy.iloc[-1] > history.accuracy.iloc[0] + 0.3
     else:
@@ -91,7 +93,7 @@ def test_last_batch_odd_or_of_one(tiny):
 def test_penalty_is_lambda_times_squares(tiny):
     """One step of plain SGD on a zero-loss problem moves weights by 2 lambda w lr."""
     model = models.light_cnn(in_channels=1, image_size=8)
-    optimizer = training._optimizer(model, Recipe(lr=(0.1, 0.1), l2=0.01))
+    optimizer = optimizer_of(model, Recipe(lr=(0.1, 0.1), l2=0.01))
     dense, conv = model[-1].weight, model[0].weight
     before = dense.detach().clone(), conv.detach().clone()
     for p in model.parameters():
@@ -120,12 +122,12 @@ def test_perturbing_costs_no_weight_gradients(tiny):
 
 def test_augmentation_is_a_crop_of_the_padded_image():
     x = torch.rand(200, 2, 16, 16)
-    y = training.augment(x, "crop")
+    y = augment(x, "crop")
     padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
     for i in range(200):
         crops = [(t, s) for t in range(5) for s in range(5) if torch.equal(y[i], padded[i, :, t : t + 16, s : s + 16])]
         assert len(crops) == 1
-    flipped = training.augment(torch.ones(400, 1, 16, 16) * torch.arange(16.0), "crop_flip")
+    flipped = augment(torch.ones(400, 1, 16, 16) * torch.arange(16.0), "crop_flip")
     share = (flipped[:, 0, 8, 4] > flipped[:, 0, 8, 11]).float().mean()
     assert 0.4 < share < 0.6
 

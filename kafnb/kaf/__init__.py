@@ -11,9 +11,10 @@ import math
 import torch
 from torch import nn
 
+from .gaussian import grid_mixture
 from .grid import Grid, points
 from .kernels import KERNELS, default_bandwidth, ridge_coefficients, second_moment
-from .mixture import grid_mixture, mixture
+from .mixture import mixture
 
 DEFAULT_INIT_STD = 0.05  # Keras' RandomNormal default, which the thesis used for alpha
 

@@ -1,0 +1,93 @@
+"""Evaluations: a frozen description of each measurement of a trained model, by its attack."""
+
+import dataclasses
+import functools
+
+from . import attacks
+from .activations import pick
+from .attacks import adaptive
+from .attacks import library as library_attacks
+from .evaluate import LABELS, clean_accuracy, robust_accuracy
+
+# name of an attack -> (where it is, fields of Evaluation that it takes beside eps)
+_STEPS = ("steps", "step_size", "restarts", "norm", "loss", "early_stop", "targeted")
+_ADAPTIVE = ("neighbours", "kwta_smooth", "kwta_both", "double", "kaf_tails", "kaf_annealed")
+ATTACKS = {
+    "fgsm": (attacks, ("norm",)),
+    "pgd": (attacks, _STEPS),
+    "apgd": (library_attacks, ("norm",)),
+    "autoattack": (library_attacks, ("norm",)),
+    "square": (library_attacks, ("norm", "queries")),
+    "cw": (library_attacks, ()),
+    "deepfool": (library_attacks, ()),
+} | dict.fromkeys(_ADAPTIVE, (adaptive, _STEPS))
+TITLES = {
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "apgd": "APGD",
+    "autoattack": "AutoAttack",
+    "square": "Square",
+    "cw": "C&W",
+    "deepfool": "DeepFool",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One measurement of a trained model on the first n test images.
+
+    Attributes
+    ----------
+    attack : str
+        "none" is clean accuracy; else a key of ``ATTACKS``, the function of that name in ``attacks``,
+        ``attacks.library`` or ``attacks.adaptive``. Each takes of the fields below what it knows.
+    labels : {"true", "predicted"}
+        See ``kafnb.evaluate.robust_accuracy``.
+    eps, step_size : float, pixel units
+    steps, restarts, norm, loss, early_stop, targeted
+        See ``kafnb.attacks.pgd``.
+    queries : int
+        Of the Square attack.
+    """
+
+    attack: str = "none"
+    eps: float = 8 / 255
+    steps: int = 10
+    step_size: float | None = None
+    restarts: int = 1
+    norm: str = "linf"
+    labels: str = "true"
+    n: int | None = None
+    seed: int = 0
+    loss: str = "ce"
+    early_stop: bool = False
+    targeted: bool | str = False
+    queries: int = 5000
+
+    def __post_init__(self):
+        if self.attack != "none":
+            pick(ATTACKS, self.attack, "attack")
+        if self.labels not in LABELS:
+            raise ValueError(f"labels must be one of {LABELS}, got {self.labels!r}")
+
+    @property
+    def name(self):
+        if self.attack == "none":
+            return "clean"
+        takes, label = ATTACKS[self.attack][1], TITLES.get(self.attack, self.attack)
+        label += f"-{self.steps}-{self.restarts}" if "steps" in takes else ""
+        label += f"-{self.queries}" if "queries" in takes else ""
+        label += f"-{self.loss}" if self.loss != "ce" else ""
+        label += "-all-targets" if self.targeted == "all" else ""
+        return f"{label} ({self.labels} labels)"
+
+    def __call__(self, model, data):
+        if self.attack == "none":
+            return clean_accuracy(model, data, n=self.n)
+        module, takes = ATTACKS[self.attack]
+        options = {"eps": self.eps} | {field: getattr(self, field) for field in takes}
+        attack = functools.partial(getattr(module, self.attack), **options)
+        return robust_accuracy(model, data, attack, self.labels, n=self.n, seed=self.seed)
+
+
+CLEAN = Evaluation()

@@ -1,0 +1,194 @@
+r"""Gaussian mixtures :math:`f(x) = \sum_i \alpha_i \exp(-\gamma (x - d_i)^2)`, one a channel, and their derivatives.
+
+``grid_mixture`` is for an even, fixed grid of points, ``gaussian_mixture`` for any dictionary. Neither builds the
+(x, D) tensor, forward or backward.
+
+The Gaussian closes under differentiation: with h_ci = sum over n, * of g k(x, d_i), the *correlation*,
+
+* the gradient of sum(g f) in x is g f', and f' = -2 gamma (x f[alpha] - f[alpha d]) is made of mixtures,
+* its gradient in alpha is h, and <v, h> = sum(g f[v]), so what is true of f holds for h.
+
+Two functions that call each other are therefore enough, at the memory of the first derivative.
+"""
+
+import torch
+
+from . import compiled as grid_compiled
+from . import eager as grid_eager
+from .channels import column, fold, per_channel, unfold_images
+from .grid import points
+
+# --- the evaluation that serves a tensor on an even grid ---------------------------------------------------------
+
+
+def _triton(x):
+    """The module of CUDA kernels if it can serve x, else None."""
+    if not x.is_cuda:
+        return None
+    try:
+        from . import fused as grid_triton
+    except ImportError:  # a torch without Triton: the eager evaluation runs on CUDA as well
+        return None
+    return grid_triton if grid_triton.usable(x) else None
+
+
+def _grid_forward(x, alpha, grid, want_slope):
+    """f, and df/dx in alpha's type where ``_grid_gradients`` will want it again (on CUDA it does not)."""
+    if kernels := _triton(x):
+        return kernels.forward(x, alpha, grid), None
+    return grid_eager.forward(x, alpha, grid, want_slope)
+
+
+def _grid_correlation(x, g, grid, dtype):
+    """h_ci = sum over n, * of g k(x, d_i), (C, D), in ``dtype``."""
+    if kernels := _triton(x):
+        alpha = torch.zeros(x.shape[1], grid.size, dtype=dtype, device=x.device)
+        return kernels.gradients(g, x, alpha, grid, need_x=False)[1]
+    return grid_eager.correlation(x, g, grid, dtype)
+
+
+def _grid_gradients(g, x, alpha, grid, slope, need_x, need_alpha):
+    """First derivatives of sum(g f) in x and alpha, None where not needed."""
+    if kernels := _triton(x):
+        return kernels.gradients(g, x, alpha, grid, need_x, need_alpha)
+    if need_x and slope is None:
+        slope = grid_eager.forward(x, alpha, grid, True)[1]
+    dx = (g * slope).to(x.dtype) if need_x else None
+    return dx, grid_eager.correlation(x, g, grid, alpha.dtype) if need_alpha else None
+
+
+# --- as functions of autograd ----------------------------------------------------------------------------------
+
+
+class _Gaussian(torch.autograd.Function):
+    """f and, if wanted, f'. ``grid`` set: fast, dictionary and gamma are constants that agree with it."""
+
+    @staticmethod
+    def forward(x, alpha, dictionary, gamma, grid, want_slope):
+        if grid is not None:
+            return _grid_forward(x, alpha, grid, want_slope)
+        scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
+        out, slope = torch.zeros_like(x), torch.zeros_like(x) if want_slope else None
+        for i in range(alpha.shape[1]):
+            t = x - column(dictionary, i, x)
+            k = t.square().mul_(scale).exp_().mul_(column(alpha, i, x))
+            out.add_(k)
+            if want_slope:
+                slope.addcmul_(t, k)
+        return out, slope.mul_(2 * scale) if want_slope else None
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, alpha, dictionary, gamma, ctx.grid, _ = inputs
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, alpha, dictionary, gamma, output[1])
+
+    @staticmethod
+    def backward(ctx, g, _):
+        x, alpha, dictionary, gamma, slope = ctx.saved_tensors
+        return *_gradients(g, x, alpha, dictionary, gamma, ctx.grid, slope, ctx.needs_input_grad), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, alpha, dictionary, gamma, grid, want_slope):
+        args = fold(info.batch_size, (x,), (alpha, dictionary, gamma), in_dims[:4])
+        out, slope = _Gaussian.apply(*args, grid, want_slope)
+        out, slope = unfold_images(out, info.batch_size), unfold_images(slope, info.batch_size)
+        return (out, slope), (1, None if slope is None else 1)
+
+
+class _Correlation(torch.autograd.Function):
+    """h_ci = sum over n, * of g k(x, d_i), shape (C, D)."""
+
+    @staticmethod
+    def forward(x, g, dictionary, gamma, grid):
+        if grid is not None:
+            return _grid_correlation(x, g, grid, dictionary.dtype)
+        scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
+        dims = [d for d in range(x.ndim) if d != 1]
+        columns = [
+            (x - column(dictionary, i, x)).square_().mul_(scale).exp_().mul_(g).sum(dims)
+            for i in range(dictionary.shape[1])
+        ]
+        return torch.stack(columns, dim=1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.grid = inputs[4]
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx, v):
+        x, g, dictionary, gamma = ctx.saved_tensors
+        need_x, need_g, need_d, need_gamma, _ = ctx.needs_input_grad
+        needs = (need_x, False, need_d, need_gamma)
+        dx, _, dd, dgamma = _gradients(g, x, v, dictionary, gamma, ctx.grid, None, needs)
+        dg = _Gaussian.apply(x, v, dictionary, gamma, ctx.grid, False)[0] if need_g else None
+        return dx, dg, dd, dgamma, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, g, dictionary, gamma, grid):
+        args = fold(info.batch_size, (x, g), (dictionary, gamma), in_dims[:4])
+        h = _Correlation.apply(*args, grid)
+        return h.reshape(info.batch_size, -1, h.shape[1]), 0
+
+
+def _gradients(g, x, alpha, dictionary, gamma, grid, slope, needs):
+    """Gradients of sum(g f) in x, alpha, dictionary and gamma; None where not needed."""
+    need_x, need_alpha, need_d, need_gamma = needs[:4]
+    if not torch.is_grad_enabled():  # no derivative of these is wanted: the fast ways
+        if grid is not None:
+            return *_grid_gradients(g, x, alpha, grid, slope, need_x, need_alpha), None, None
+        return _free_gradients(g, x, alpha, dictionary, gamma, slope)
+    dx = dalpha = dd = dgamma = None
+    if need_x:
+        xs, scale = x.to(alpha.dtype), gamma.reshape(-1, *[1] * (x.ndim - 2))
+        f = _Gaussian.apply(xs, alpha, dictionary, gamma, grid, False)[0]
+        fd = _Gaussian.apply(xs, alpha * dictionary, dictionary, gamma, grid, False)[0]
+        dx = (-2 * scale * g * (xs * f - fd)).to(x.dtype)
+    if need_alpha or need_d or need_gamma:
+        h0 = dalpha = _Correlation.apply(x, g, dictionary, gamma, grid)
+    if need_d or need_gamma:
+        h1 = _Correlation.apply(x, g * x, dictionary, gamma, grid)
+    if need_d:
+        dd = (2 * gamma[:, None] * alpha * (h1 - dictionary * h0)).sum_to_size(dictionary.shape)
+    if need_gamma:
+        h2 = _Correlation.apply(x, g * x * x, dictionary, gamma, grid)
+        moments = h2 - 2 * dictionary * h1 + dictionary**2 * h0
+        dgamma = -(alpha * moments).sum(1).sum_to_size(gamma.shape)
+    return dx, dalpha if need_alpha else None, dd, dgamma
+
+
+def _free_gradients(g, x, alpha, dictionary, gamma, slope):
+    """All four first derivatives in one pass over the dictionary, for what learns it."""
+    scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
+    sums, dx = [], g * slope if slope is not None else torch.zeros_like(x)
+    for i in range(dictionary.shape[1]):
+        t = x - column(dictionary, i, x)
+        gk = t.square().mul_(scale).exp_().mul_(g)
+        h0 = per_channel(gk, alpha)
+        h1 = per_channel(gk.mul_(t), alpha)
+        if slope is None:
+            dx.addcmul_(gk, 2 * scale * column(alpha, i, x))
+        sums.append(torch.stack((h0, h1, per_channel(gk.mul_(t), alpha))))
+    h0, h1, h2 = torch.stack(sums, 2)  # (C, D) each: sums of g k, g k t, g k t^2
+    dd = (2 * gamma[:, None] * alpha * h1).sum_to_size(dictionary.shape)
+    dgamma = -(alpha * h2).sum(1).sum_to_size(gamma.shape)
+    return dx, h0, dd, dgamma
+
+
+def gaussian_mixture(x, alpha, dictionary, gamma):
+    """f(x) for x (N, C, *), alpha (C, D), dictionary (1 or C, D), gamma (1 or C,); differentiable in all four."""
+    want_slope = x.requires_grad and torch.is_grad_enabled()
+    return _Gaussian.apply(x, alpha, dictionary, gamma, None, want_slope)[0]
+
+
+def grid_mixture(x, alpha, grid, text=None):
+    """f(x) for x (N, C, *) of any floating type, alpha (C, D) float32 or float64, in which it is computed.
+
+    ``text`` is ``str(grid)``, made beforehand for ``torch.compile``.
+    """
+    if torch.compiler.is_compiling() and text is not None:
+        return grid_compiled.fused(x, alpha, text)
+    want_slope = x.requires_grad and torch.is_grad_enabled()
+    return _Gaussian.apply(x, alpha, points(grid, alpha), alpha.new_full((1,), grid.gamma), grid, want_slope)[0]
