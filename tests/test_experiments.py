@@ -47,7 +47,7 @@ def test_key_depends_on_what_matters_only():
 def test_train_once_then_load(store, monkeypatch):
     first = kafnb.run(MLP, [PGD], store=store)
     monkeypatch.setattr(experiments, "fit", None)  # a second training would now be an error
-    monkeypatch.setattr(experiments, "robust_accuracy", None)
+    monkeypatch.setattr(evaluations, "robust_accuracy", None)
     second = kafnb.run(MLP, [PGD], store=store)
     assert first.drop(columns="correct").equals(second.drop(columns="correct"))
     assert all(np.array_equal(a, b) for a, b in zip(first.correct, second.correct, strict=True))
