@@ -19,16 +19,19 @@ def _parser():
     figures.add_argument("--device", default="auto", help="auto, cpu or cuda")
     figures.add_argument("--data-root", metavar="PATH", help="where CIFAR-10 is, or a train/, test/ image tree")
     figures.add_argument("--jobs", type=int, help="notebooks at a time (default: one a core on CPU)")
+    figures.add_argument("--dry-run", action="store_true", help="the same cells on few images, kept apart in runs/dry/")
     figures.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (profile quick)")
     return parser
 
 
 def main(argv=None):
     args = _parser().parse_args(argv)
+    from . import dryrun
     from .notebooks import keep_outputs, run_notebooks
+    from .profiles import resolve_device
 
     try:
-        if args.keep and args.profile != "quick":
+        if args.keep and (args.profile != "quick" or args.dry_run):
             raise ValueError("--keep is for profile quick: stored outputs are what the tests compare with")
         if args.jobs is not None and args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
@@ -38,6 +41,9 @@ def main(argv=None):
             if not Path(args.data_root).is_dir():
                 raise ValueError(f"--data-root: no folder {args.data_root}")
             args.data_root = Path(args.data_root).resolve()
+        if args.dry_run:
+            args.data_root = dryrun.prepare()
+            args.device = resolve_device(args.device)
         outcomes = run_notebooks(args.profile, args.only, args.seed, args.device, args.data_root, args.jobs)
     except (ValueError, FileNotFoundError) as error:
         print(f"kafnb: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm import tqdm
 
+from . import findings
 from .figures import read_manifest, update_manifest
 from .paths import home, write_atomically
 from .profiles import PROFILES, resolve_data, resolve_device
@@ -62,11 +63,12 @@ def select(only=()):
 
 @dataclasses.dataclass
 class Outcome:
-    """How one notebook went; ``error`` is empty if well."""
+    """How one notebook went; ``error`` is empty if well. ``unmet`` counts its checks that do not hold."""
 
     name: str
     seconds: float
     error: str = ""
+    unmet: int = 0
 
 
 def _execute(name, profile, parameters, threads, position):
@@ -76,17 +78,19 @@ def _execute(name, profile, parameters, threads, position):
     os.environ |= {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     source, target = home() / "notebooks" / f"{name}.ipynb", home() / "runs" / profile / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    started, error = time.perf_counter(), ""
+    started, error, unmet = time.perf_counter(), "", 0
     bar = {"position": position, "desc": name, "leave": False, "disable": not sys.stderr.isatty()}
     try:
-        papermill.execute_notebook(
-            source, target, parameters, kernel_name="python3", cwd=str(source.parent), progress_bar=bar
+        unmet = findings.count(
+            papermill.execute_notebook(
+                source, target, parameters, kernel_name="python3", cwd=str(source.parent), progress_bar=bar
+            )
         )
     except papermill.PapermillExecutionError as e:
         error = f"cell {e.exec_count} failed: {e.ename}: {e.evalue}"
     except Exception as e:  # a notebook that cannot start must not stop the others
         error = f"{type(e).__name__}: {e}"
-    return Outcome(name, time.perf_counter() - started, " ".join(error.split()))
+    return Outcome(name, time.perf_counter() - started, " ".join(error.split()), unmet)
 
 
 def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=None, jobs=None):
@@ -125,10 +129,11 @@ def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=Non
         for future in as_completed(futures):
             outcome = future.result()
             outcomes.append(outcome)
-            bar.write(f"{outcome.name}: {outcome.error or 'done'} ({outcome.seconds:.0f} s)")
+            unmet = f", {outcome.unmet} checks do not hold" * bool(outcome.unmet)
+            bar.write(f"{outcome.name}: {outcome.error or 'done'} ({outcome.seconds:.0f} s){unmet}")
             bar.update()
             if not outcome.error:
-                entry = {kind: round(outcome.seconds), "jobs": jobs, "cores": cores}
+                entry = {kind: round(outcome.seconds), "jobs": jobs, "cores": cores, "unmet": outcome.unmet}
                 update_manifest(home() / "figures" / profile, "notebooks", outcome.name, entry)
     return sorted(outcomes, key=lambda o: o.name)
 

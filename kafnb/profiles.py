@@ -12,7 +12,9 @@ import torch
 
 from . import experiments, figures, thesis
 from .data import load_data
+from .dryrun import shorten
 from .evaluations import Evaluation
+from .findings import report_instead_of_stopping
 from .paths import home
 from .provenance import code_fingerprint, device_name, provenance
 from .recipe import Recipe
@@ -146,12 +148,13 @@ class Session:
     def __init__(self, notebook, profile="quick", seed=0, device="auto", data_root=None):
         if profile not in PROFILES:
             raise ValueError(f"profile must be one of {tuple(PROFILES)}, got {profile!r}")
-        self.notebook, self.profile, self.seed = notebook, PROFILES[profile], int(seed)
+        self.notebook, self.profile, self.seed = notebook, shorten(PROFILES[profile]), int(seed)
         self.device = resolve_device(device, self.profile.needs_gpu)
         self.data_root = data_root
         self.data_spec = resolve_data(self.profile, data_root)
         self.progress = os.environ.get("KAFNB_PROGRESS", "1") == "1" and sys.stderr is not None
         figures.use_style()
+        report_instead_of_stopping(profile != "quick")
         torch.manual_seed(self.seed)
 
     @property
@@ -165,14 +168,14 @@ class Session:
     def experiment(self, model, activation, recipe, seed=None, **options):
         """An ``Experiment`` on this session's data; ``options`` go to the model."""
         seed = self.seed if seed is None else seed
-        return experiments.Experiment(self.data_spec, model, activation, recipe, seed, options)
+        return experiments.Experiment(self.data_spec, model, activation, shorten(recipe), seed, options)
 
     def _where(self):
         return dict(data_root=self.data_root, device=self.device, progress=self.progress)
 
     def run(self, runs, evaluations=()):
         """``kafnb.run`` on this session's device and store."""
-        return experiments.run(runs, evaluations, **self._where())
+        return experiments.run(runs, [shorten(e) for e in evaluations], **self._where())
 
     def load(self, experiment):
         """``kafnb.load`` on this session's device and store."""

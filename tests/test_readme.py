@@ -4,6 +4,9 @@ import re
 import shutil
 import subprocess
 
+import pandas as pd
+import pytest
+
 import kafnb
 from kafnb.notebooks import PROGRAMME, available
 from kafnb.paths import home
@@ -36,6 +39,17 @@ def test_ten_lines_run(tmp_path, monkeypatch, capsys):
         assert len(body) <= 10
     finally:
         kafnb.ACTIVATIONS.pop("cube", None)
+
+
+def test_numbers_on_the_growth_of_gradients():
+    text = " ".join(README.split())
+    kaf, relu = re.search(r"([\d.]+) for a random KAF and ([\d.]+) for ReLU", text).groups()
+    for name, said in (("kaf", kaf), ("relu", relu)):
+        assert kafnb.gradients.growth_factor(name) == pytest.approx(float(said), abs=0.05)
+    functions, blocks, most = re.search(r"for (\d+) functions and (\w+) block forms within (\d+) %", text).groups()
+    table = pd.read_csv(home() / "figures" / "quick" / "13_exploding_gradients_prediction.csv")
+    assert table.activation.nunique() == int(functions) and table.block.nunique() == {"three": 3}[blocks]
+    assert (table.ratio - 1).abs().max() < float(most) / 100
 
 
 def test_links_and_pictures_exist():
