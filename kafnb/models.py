@@ -5,13 +5,14 @@ thesis' penalty, lambda * sum(w^2) over the weights of the layer types in ``l2_l
 """
 
 import functools
+import inspect
 import itertools
 
 from torch import nn
 from torch.nn import functional as F
 
 from .activations import activation as named_activation
-from .activations import pick
+from .checks import count, pick
 
 
 def _factory(activation):
@@ -162,6 +163,14 @@ class PreactBlock(nn.Module):
 BLOCKS = {"thesis": ThesisBlock, "he": HeBlock, "preact": PreactBlock, "plain": PlainBlock}
 
 
+def resnet_blocks(depth):
+    """n of a depth 6n + 2."""
+    n, rest = divmod(count(depth, "resnet depth", low=-10_000, high=10_000) - 2, 6)
+    if rest or n < 1:
+        raise ValueError(f"resnet depth must be 6n + 2 (20, 32, 44, 56, ...), got {depth}")
+    return n
+
+
 def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=10, image_size=32, width=16):
     """ResNet of 6n + 2 layers for small images: three stages of n blocks with width, 2 width, 4 width filters.
 
@@ -177,9 +186,7 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     ValueError
         depth is not 6n + 2, or block is unknown.
     """
-    n, rest = divmod(depth - 2, 6)
-    if rest or n < 1:
-        raise ValueError(f"resnet depth must be 6n + 2 (20, 32, 44, 56, ...), got {depth}")
+    n = resnet_blocks(depth)
     act, make = _factory(activation), pick(BLOCKS, block, "block")
     stem, tail = [_conv3(in_channels, width)], [nn.BatchNorm2d(4 * width), act(4 * width)]
     if block != "preact":
@@ -197,10 +204,20 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     return model
 
 
+def maker(name):
+    """The function that makes the model of this name."""
+    makers = {"mlp": mlp, "textbook_cnn": textbook_cnn, "light_cnn": light_cnn, "vgg": vgg}
+    if isinstance(name, str) and name.startswith("resnet") and name[6:].isdecimal() and len(name) <= 10:
+        resnet_blocks(int(name[6:]))
+        return functools.partial(resnet, int(name[6:]))
+    return pick(makers | {f"resnet{d}": resnet for d in (20, 32, 44, 56, 110)}, name, "model")
+
+
 def build(name, activation, data, **options):
     """A model by name ("mlp", "textbook_cnn", "vgg", "resnet20", ...) with the shape and classes of ``data``."""
     shape = dict(in_channels=data.in_channels, image_size=data.image_size, num_classes=data.num_classes)
-    if name.startswith("resnet") and name[6:].isdigit():
-        return resnet(int(name[6:]), activation, **shape, **options)
-    makers = {"mlp": mlp, "textbook_cnn": textbook_cnn, "light_cnn": light_cnn, "vgg": vgg}
-    return pick(makers, name, "model")(activation, **shape, **options)
+    make = maker(name)
+    known = inspect.signature(make).parameters
+    for option in options:
+        pick(tuple(k for k in known if k not in ("activation", *shape)), option, f"option of {name}")
+    return make(activation, **shape, **options)
