@@ -93,7 +93,7 @@ def file_name(name, what):
 
 def images(x, *, box=True, dims=None):
     """Float images: a Tensor of at least 2 dimensions (``dims``: exactly so many), with ``box`` in [0, 1]."""
-    instance(x, torch.Tensor, "images")
+    instance(x, torch.Tensor, "images", " (N, C, H, W)")
     if not x.is_floating_point():
         raise ValueError(f"images must be float in [0, 1], got {x.dtype}: divide by 255 first")
     if x.ndim < 2 or dims not in (None, x.ndim):
@@ -106,7 +106,7 @@ def images(x, *, box=True, dims=None):
 def labels(y, n=None, classes=None):
     """Integer labels, one for each of ``n`` images, each below ``classes``."""
     if not isinstance(y, torch.Tensor):
-        raise TypeError(f"labels must be a Tensor of one integer an image, got {shown(y)}")
+        raise ValueError(f"labels must be a Tensor of one integer an image, got {shown(y)}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (n is not None and y.shape != (n,)):
         count_text = "" if n is None else f" of {n} images"
         raise ValueError(f"labels must be one integer for each{count_text}, got {y.dtype} of shape {tuple(y.shape)}")

@@ -16,7 +16,9 @@ sys.path.insert(0, os.path.dirname(__file__))
 import victim
 
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["kafnb", "sklearn.datasets", "sklearn.model_selection", "matplotlib.pyplot", "torch._dynamo"])
+START.set_forkserver_preload(
+    ["kafnb", "sklearn.datasets", "sklearn.model_selection", "matplotlib.pyplot", "torch._dynamo"]
+)
 
 
 def start(home, **options):

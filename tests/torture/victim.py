@@ -113,7 +113,9 @@ def snapshot(home):
             out[name] = pd.read_csv(path).drop(columns=["seconds", "cpu_seconds"]).to_csv().encode()
         elif path.suffix in (".safetensors", ".png") or path.name.startswith(("evaluation", "table", "99_")):
             out[name] = path.read_bytes()
-    return {name: content for name, content in out.items() if not any(s in name for s in (".damaged", ".part", ".lock"))}
+    return {
+        name: content for name, content in out.items() if not any(s in name for s in (".damaged", ".part", ".lock"))
+    }
 
 
 def unsound(home):
