@@ -180,7 +180,7 @@ def test_read_only_disk(whole, small_disk, monkeypatch, note):
     table = kafnb.run(victim.EXPERIMENTS, victim.EVALUATIONS)
     code, text = answer_of(home)  # gets as far as the figure
     new = kafnb.Evaluation("fgsm", eps=0.2)
-    with pytest.raises(OSError, match="cannot write .*Read-only") as refused:
+    with pytest.raises(OSError, match=r"cannot write .*Read-only") as refused:
         kafnb.run(victim.EXPERIMENTS[0], [new])
     lost = len(table) != 6 or code != 0 or not one_clear_line(text) or "\n" in str(refused.value)
     lost |= victim.snapshot(home) != whole[0]
