@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import math
 import numbers
+import typing
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def pick(table, name, what):
     raise ValueError(f"unknown {what} {shown(name)}{hint}")
 
 
-def number(value, name, low=-math.inf, high=math.inf, *, above=-math.inf, optional=False):
+def number(value, name, low=-math.inf, high=math.inf, *, above=-math.inf, optional=False, unit=""):
     """A finite number with low <= value <= high and value > above; None too if ``optional``."""
     if value is None and optional:
         return value
@@ -37,8 +38,15 @@ def number(value, name, low=-math.inf, high=math.inf, *, above=-math.inf, option
     if not (math.isfinite(value) and low <= value <= high and value > above):
         parts = [f">= {low:g}"] * (low > -math.inf) + [f"> {above:g}"] * (above > -math.inf)
         parts += [f"<= {high:g}"] * (high < math.inf)
-        raise ValueError(f"{name} must be finite{''.join(f' and {p}' for p in parts)}, got {shown(value)}")
+        raise ValueError(f"{name} must be finite{''.join(f' and {p}' for p in parts)}{unit}, got {shown(value)}")
     return value
+
+
+def radius(eps):
+    """Of a ball around an image."""
+    if isinstance(eps, str) or eps is None:
+        raise TypeError(f"eps must be a number, in pixel units of [0, 1], got {shown(eps)}")
+    return number(eps, "eps", low=0, unit=", in pixel units of [0, 1]")
 
 
 def _scalar(value):
@@ -74,9 +82,9 @@ def device(value):
 
 
 def instance(value, kind, name, hint=""):
-    """``value`` if it is of the type, or one of the types, ``kind``."""
+    """``value`` if it is of the type, or the union of types, ``kind``."""
     if not isinstance(value, kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        kinds = " or ".join(k.__name__ for k in typing.get_args(kind) or (kind,))
         raise TypeError(f"{name} must be a {kinds}{hint}, got {shown(value)}")
     return value
 

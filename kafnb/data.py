@@ -108,7 +108,7 @@ def load_data(spec, root=None):
         Unknown spec; nothing there and no download possible; images of several sizes, or that cannot be read.
     """
     instance(spec, str, "data", ": 'digits', 'cifar10' or 'folder:PATH'")
-    return _load(spec, None if root is None else os.fspath(instance(root, (str, os.PathLike), "data_root")))
+    return _load(spec, None if root is None else os.fspath(instance(root, str | os.PathLike, "data_root")))
 
 
 @functools.lru_cache(maxsize=2)

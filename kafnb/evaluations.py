@@ -8,7 +8,7 @@ from .attacks import adaptive
 from .attacks import library as library_attacks
 from .attacks.balls import NORMS
 from .attacks.losses import LOSSES
-from .checks import count, number, pick, seed, shown
+from .checks import count, number, pick, radius, seed, shown
 from .evaluate import LABELS, clean_accuracy, robust_accuracy
 
 # name of an attack -> (where it is, fields of Evaluation that it takes beside eps)
@@ -74,7 +74,7 @@ class Evaluation:
         object.__setattr__(self, "step_size", number(self.step_size, "step_size", low=0, optional=True))
         object.__setattr__(self, "seed", seed(self.seed))
         if not (self.attack in ("cw", "deepfool") and self.eps == float("inf")):  # no limit
-            object.__setattr__(self, "eps", number(self.eps, "eps (pixel units of [0, 1])", low=0))
+            object.__setattr__(self, "eps", radius(self.eps))
         pick(NORMS, self.norm, "norm")
         pick(LOSSES, self.loss, "loss")
         if self.targeted not in (False, True, "all"):

@@ -78,7 +78,7 @@ def code_of(roots, things):
     """``code_fingerprint`` of ``roots``, and of functions and classes in use that may be a user's own."""
     modules, own = set(roots), []
     for thing in things:
-        top, _, rest = getattr(thing, "__module__", "").partition(".")
+        top, _, rest = (getattr(thing, "__module__", "") or "").partition(".")
         if top == PACKAGE.name:
             modules |= {rest} - {""}
         elif top != "torch":

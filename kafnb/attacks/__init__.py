@@ -68,7 +68,7 @@ def input_gradient(model, x, y):
 def _check(model, x, y, eps, norm):
     checks.instance(model, torch.nn.Module, "model")
     checks.pick(NORMS, norm, "norm")
-    checks.number(eps, "eps (pixel units of [0, 1])", low=0)
+    checks.radius(eps)
     checks.labels(y, len(checks.images(x)))
 
 

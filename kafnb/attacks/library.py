@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from ..checks import count, forward, instance, labels, number
+from ..checks import count, forward, instance, labels, number, radius
 from . import _check
 from .balls import size
 from .fast import twin
@@ -129,7 +129,7 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, restarts=1):
 def _smallest(model, x, y, eps, find):
     """``find(copy of the model, images, labels)`` where the model is right; kept where within the L2 ball."""
     if eps != float("inf"):
-        number(eps, "eps must be >= 0, in pixel units of [0, 1], or inf for no limit: it", low=0)
+        radius(eps)
     _check(model, x, y, 0.0, "l2")
     with _lent(model) as net:
         _classes(net, x, y)
