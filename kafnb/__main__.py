@@ -15,13 +15,22 @@ def _parser():
     figures = commands.add_parser("figures", help="run the notebooks and write their figures")
     figures.add_argument("--profile", default="quick", choices=("quick", "small", "paper"))
     figures.add_argument("--only", nargs="+", default=(), metavar="NN", help="numbers or names of notebooks")
-    figures.add_argument("--seed", type=int, default=0)
+    figures.add_argument("--seed", type=_whole, default=0)
     figures.add_argument("--device", default="auto", help="auto, cpu or cuda")
     figures.add_argument("--data-root", metavar="PATH", help="where CIFAR-10 is, or a train/, test/ image tree")
-    figures.add_argument("--jobs", type=int, help="notebooks at a time (default: one a core on CPU)")
+    figures.add_argument("--jobs", type=_whole, help="notebooks at a time (default: one a core on CPU)")
     figures.add_argument("--dry-run", action="store_true", help="the same cells on few images, kept apart in runs/dry/")
     figures.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (profile quick)")
     return parser
+
+
+def _whole(text):
+    if len(text) > 12:  # Python's own limit, and its message, are for four thousand digits
+        raise argparse.ArgumentTypeError("at most 12 digits")
+    return int(text)
+
+
+_whole.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
 
 
 def main(argv=None):
@@ -45,13 +54,13 @@ def main(argv=None):
             args.data_root = dryrun.prepare()
             args.device = resolve_device(args.device)
         outcomes = run_notebooks(args.profile, args.only, args.seed, args.device, args.data_root, args.jobs)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"kafnb: {error}", file=sys.stderr)
+        for o in outcomes:
+            if args.keep and not o.error:
+                keep_outputs(o.name)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"kafnb: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     failed = [o for o in outcomes if o.error]
-    for o in outcomes:
-        if args.keep and not o.error:
-            keep_outputs(o.name)
     for o in failed:
         print(f"kafnb: {o.name}: {o.error}", file=sys.stderr)
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} notebooks done")

@@ -1,9 +1,8 @@
 """Every activation function of the companion by name: ``activation(name, channels)``."""
 
-import difflib
-
 from torch import nn
 
+from .checks import count, pick
 from .kaf import KAF
 from .kwta import KWTA
 from .parametric import APL, SAF, Maxout, PSSiLU, SReLU
@@ -37,15 +36,6 @@ ACTIVATIONS = {
 }
 
 
-def pick(table, name, what):
-    """``table[name]``, or a ValueError in one line with the nearest known name."""
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(table)}"
-    raise ValueError(f"unknown {what} {name!r}{hint}")
-
-
 def activation(name, channels):
     """A new activation module for a layer of ``channels`` channels.
 
@@ -59,6 +49,7 @@ def activation(name, channels):
     Raises
     ------
     ValueError
-        Unknown name; the message suggests the nearest.
+        Unknown name; the message suggests the nearest. No channels.
     """
+    count(channels, "channels")
     return pick(ACTIVATIONS, name, "activation")(channels)

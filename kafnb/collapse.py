@@ -3,9 +3,11 @@
 Source: Wong, Rice, Kolter, ICLR 2020, arXiv:2001.03994, section 5.4, who found it by watching PGD on training images.
 """
 
+import pandas as pd
 import torch
 
 from .attacks import fgsm, pgd
+from .checks import instance
 from .data import to_unit
 from .evaluate import clean_accuracy
 
@@ -31,7 +33,11 @@ def collapsed(history):
     history : DataFrame or list of dict
         With columns epoch, watch_fgsm, watch_pgd: a recipe with ``watch``.
     """
-    rows = history if isinstance(history, list) else history.to_dict("records")
+    rows = (
+        history if isinstance(instance(history, list | pd.DataFrame, "history"), list) else history.to_dict("records")
+    )
+    if rows and not {"epoch", "watch_fgsm", "watch_pgd"} <= set(rows[0]):
+        raise ValueError("history has no columns watch_fgsm and watch_pgd: train with Recipe(watch=...)")
     best = None
     for row in rows:
         if best is None or row["watch_pgd"] >= best["watch_pgd"]:

@@ -6,7 +6,16 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from .checks import instance, pick, shown
 from .evaluate import wilson
+
+
+def _check(results, metric=None):
+    instance(results, pd.DataFrame, "results", " as kafnb.run returns it")
+    if missing := [c for c in ("activation", "metric", "correct") if c not in results]:
+        raise ValueError(f"results must be a table as kafnb.run returns it: no column {missing[0]}")
+    if metric is not None and metric not in set(results.metric):
+        raise ValueError(f"no metric {shown(metric)} in these results; there are {', '.join(results.metric.unique())}")
 
 
 def percent(results):
@@ -14,6 +23,8 @@ def percent(results):
 
     The interval covers the choice of test images, not the luck of training: that is what several seeds show.
     """
+
+    _check(results)
 
     def cell(group):
         pooled = np.concatenate(group.correct.tolist())
@@ -36,8 +47,13 @@ def difference(results, a, b, metric):
     (difference, low, high) : per cent points
         Normal interval of the mean of the paired differences, images and seeds pooled.
     """
+    _check(results, metric)
     chosen = results[results.metric == metric].sort_values("seed").groupby("activation").correct
+    for name in (a, b):
+        pick(tuple(chosen.groups), name, "activation in these results")
     a, b = (np.concatenate(chosen.get_group(name).tolist()).astype(float) for name in (a, b))
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"a difference is of the same images, two at least: got {len(a)} and {len(b)}")
     d = 100 * (a - b)
     half = 1.96 * d.std(ddof=1) / np.sqrt(len(d))
     return d.mean(), d.mean() - half, d.mean() + half
@@ -61,13 +77,12 @@ def mcnemar(results, metric):
 
     Source: McNemar, Psychometrika 12, 1947, https://doi.org/10.1007/BF02295996
     """
+    _check(results, metric)
     pooled = (
         results[results.metric == metric]
         .groupby("activation", sort=False)
         .correct.apply(lambda c: np.concatenate(c.tolist()))
     )
-    if pooled.empty:
-        raise ValueError(f"no metric {metric!r} in these results; there are {', '.join(results.metric.unique())}")
     pairs, rows = list(combinations(pooled.index, 2)), []
     for a, b in pairs:
         only_a, only_b = int((pooled[a] & ~pooled[b]).sum()), int((pooled[b] & ~pooled[a]).sum())

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .checks import count, instance, labels, number, shown
 from .paths import home
 
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # 8 bits; more would be cut off
 MAX_BYTES = 4 * 2**30  # what may live in memory; larger trees need streaming
 
 
@@ -34,6 +38,15 @@ class Data:
     x_test: torch.Tensor
     y_test: torch.Tensor
     classes: tuple
+
+    def __post_init__(self):
+        if len(self.classes) < 2:
+            raise ValueError(f"data {shown(self.name)} have {len(self.classes)} class: a classifier needs two")
+        for part, x, y in (("train", self.x_train, self.y_train), ("test", self.x_test, self.y_test)):
+            instance(x, torch.Tensor, f"x_{part}")
+            if x.dtype != torch.uint8 or x.ndim != 4 or len(x) == 0:
+                raise ValueError(f"x_{part} must be uint8 (N, C, H, W) with N > 0, got {x.dtype} {tuple(x.shape)}")
+            labels(y, len(x), len(self.classes))
 
     @property
     def in_channels(self):
@@ -58,11 +71,15 @@ class Data:
 
     def test(self, n=None):
         """The first n test images in [0, 1] and their labels; all for None."""
+        count(n, "n", optional=True)
         return to_unit(self.x_test[:n]), self.y_test[:n]
 
     def validation_split(self, fraction=0.1):
         """The same training set with its last ``fraction`` held out as the test set: for every choice made."""
+        number(fraction, "fraction", above=0, high=1)
         keep = len(self.x_train) - max(1, round(fraction * len(self.x_train)))
+        if keep < 1:
+            raise ValueError(f"fraction {fraction} leaves none of {len(self.x_train)} training images")
         x, y = self.x_train, self.y_train
         return dataclasses.replace(
             self, name=f"{self.name}-validation", x_train=x[:keep], y_train=y[:keep], x_test=x[keep:], y_test=y[keep:]
@@ -74,7 +91,6 @@ def to_unit(x):
     return x.float() / 255
 
 
-@functools.lru_cache(maxsize=2)
 def load_data(spec, root=None):
     """Load a data set.
 
@@ -89,15 +105,21 @@ def load_data(spec, root=None):
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown spec; nothing there and no download possible; images of several sizes.
+        Unknown spec; nothing there and no download possible; images of several sizes, or that cannot be read.
     """
+    instance(spec, str, "data", ": 'digits', 'cifar10' or 'folder:PATH'")
+    return _load(spec, None if root is None else os.fspath(instance(root, str | os.PathLike, "data_root")))
+
+
+@functools.lru_cache(maxsize=2)
+def _load(spec, root):
     if spec == "digits":
         return _digits()
     if spec == "cifar10":
         return _cifar10(Path(root) if root else home() / "data")
-    if spec.startswith("folder:"):
+    if spec.startswith("folder:") and "\0" not in spec:
         return _folder(Path(spec.removeprefix("folder:")).expanduser())
-    raise ValueError(f"unknown data {spec!r}: use 'digits', 'cifar10' or 'folder:PATH'")
+    raise ValueError(f"unknown data {shown(spec)}: use 'digits', 'cifar10' or 'folder:PATH'")
 
 
 def _digits():
@@ -134,7 +156,12 @@ def _folder(path):
     for part in ("train", "test"):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"no folder {path / part}: the data tree must be train/<class>/*, test/<class>/*")
-    parts = [ImageFolder(path / part) for part in ("train", "test")]
+    try:
+        parts = [ImageFolder(path / part) for part in ("train", "test")]
+    except FileNotFoundError as error:  # of several lines
+        raise ValueError(
+            f"{path}: {str(error).splitlines()[0]}: train/<class>/* and test/<class>/* must be images"
+        ) from None
     if parts[0].classes != parts[1].classes:
         raise ValueError(f"{path}: train and test have different classes: {parts[0].classes} and {parts[1].classes}")
     tensors = []
@@ -147,27 +174,35 @@ def _folder(path):
 
 
 def _decode(files, path):
-    """Image files of one size -> uint8 (N, 3, H, W)."""
+    """Image files of one size -> uint8 (N, 3, H, W). What a file claims to be is looked at before it is decoded."""
     from PIL import Image
 
-    def read(file):
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+    def opened(file):
+        try:
+            # these formats alone: others are read by programmes of their own, whatever the file's name says
+            return Image.open(file, formats=FORMATS)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file} is no image that can be read: {shown(str(error))}") from None
 
-    first = read(files[0])
-    if first.nbytes * len(files) > MAX_BYTES:
-        raise ValueError(
-            f"{path} holds {first.nbytes * len(files) / 2**30:.0f} GiB of pixels; at most {MAX_BYTES // 2**30} fit"
-        )
-    out = np.empty((len(files), *first.shape), np.uint8)
+    with opened(files[0]) as image:
+        size = image.size
+    if size[0] * size[1] * 3 * len(files) > MAX_BYTES:
+        gigabytes = size[0] * size[1] * 3 * len(files) / 2**30
+        raise ValueError(f"{path} holds {gigabytes:.0f} GiB of pixels; at most {MAX_BYTES // 2**30} fit")
+    out = np.empty((len(files), size[1], size[0], 3), np.uint8)
 
     def place(i):
-        image = read(files[i])
-        if image.shape != first.shape:
-            raise ValueError(
-                f"{files[i]} is {image.shape[:2]}, {files[0]} is {first.shape[:2]}: resize all images to one size"
-            )
-        out[i] = image
+        with opened(files[i]) as image:
+            if image.size != size:
+                raise ValueError(
+                    f"{files[i]} is {image.size[::-1]}, {files[0]} is {size[::-1]}: resize all images to one size"
+                )
+            if image.mode not in MODES:
+                raise ValueError(f"{files[i]} has pixels of mode {image.mode}: 8 bits a channel are needed, e.g. RGB")
+            try:
+                out[i] = np.asarray(image.convert("RGB"))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(f"{files[i]} is damaged: {shown(str(error))}") from None
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(place, range(len(files))))

@@ -5,6 +5,7 @@ from torch import nn
 
 from .attacks import project, random_delta, still
 from .certify.curves import CURVES
+from .checks import count, forward, images, instance, labels, number, radius
 from .kwta import KWTA
 
 
@@ -44,7 +45,9 @@ class Detector:
     def __init__(self, model, clean, adversarial):
         from sklearn.linear_model import LogisticRegression
 
-        self.model = model
+        self.model = instance(model, nn.Module, "model")
+        if len(images(clean)) == 0 or len(images(adversarial)) == 0:
+            raise ValueError("a detector needs clean and adversarial images, at least one of each")
         with still(model), torch.no_grad():
             both = torch.cat([features(model, clean)[1], features(model, adversarial)[1]]).double()
         self.mean, self.scale = both.mean(0), both.std(0).clamp_min(1e-6)
@@ -71,14 +74,22 @@ def joint_attack(detector, x, y, *, eps, step_size=None, steps=40, weight=1.0):
     (each image follows what it lacks; Carlini and Wagner, AISec 2017, arXiv:1705.07263). Returns of each image the
     point along the way that is wrong with the lowest score; the last point if there is none.
     """
-    step_size = 2.5 * eps / steps if step_size is None else step_size
+    instance(detector, Detector, "detector")
+    radius(eps)
+    count(steps, "steps")
+    number(weight, "weight", low=0)
+    labels(y, len(images(x)))
+    step_size = 2.5 * eps / steps if step_size is None else number(step_size, "step_size", low=0)
     best, best_score = None, torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
     with still(detector.model):
         x_adv = project(x, random_delta(x, eps), eps)
         best = x_adv.clone()
         for i in range(steps + 1):
             x_adv = x_adv.detach().requires_grad_()
-            logits, score = detector.both(x_adv)
+            with forward(x):
+                logits, score = detector.both(x_adv)
+            if i == 0:
+                labels(y, classes=logits.shape[1])
             own = logits.gather(1, y[:, None])[:, 0]
             margin = logits.scatter(1, y[:, None], -torch.inf).amax(1) - own  # > 0: wrong
             better = (margin > 0) & (score < best_score)

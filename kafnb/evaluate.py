@@ -8,6 +8,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .attacks import still
+from .checks import count, forward, images, instance, labels, number, shown
+from .checks import seed as seed_of
 from .data import Data
 
 LABELS = ("true", "predicted")
@@ -53,6 +55,9 @@ def wilson(successes, n, confidence=0.95):
     """Wilson score interval of a proportion, (low, high)."""
     from scipy.stats import binomtest
 
+    count(n, "n")
+    count(successes, "successes", low=0, high=n)
+    number(confidence, "confidence", above=0, high=1)
     interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -65,6 +70,12 @@ def worst_case(*scores):
 
 
 def _images(data, n):
+    count(n, "n", optional=True)
+    if not isinstance(data, Data):
+        if not isinstance(data, list | tuple) or len(data) != 2:
+            raise TypeError(f"data must be a Data or a pair (images, labels), got {shown(data)}")
+        images(data[0], box=False)
+        labels(data[1])
     x, y = data.test(n) if isinstance(data, Data) else (data[0][:n], data[1][:n])
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(
@@ -75,9 +86,17 @@ def _images(data, n):
 
 def predict(model, x, batch_size=512):
     """Predicted class of each image, int64 (N,), in eval mode without gradients."""
-    device = next(model.parameters()).device
-    with still(model), torch.no_grad():
+    device = _device(model)
+    count(batch_size, "batch_size")
+    if len(images(x, box=False)) == 0:
+        raise ValueError("predict needs at least one image")
+    with still(model), torch.no_grad(), forward(x):
         return torch.cat([model(b.to(device)).argmax(1).cpu() for b in x.split(batch_size)])
+
+
+def _device(model):
+    """Where a model is; of one without parameters the CPU."""
+    return next((p.device for p in instance(model, torch.nn.Module, "model").parameters()), torch.device("cpu"))
 
 
 def clean_accuracy(model, data, *, n=None, batch_size=512):
@@ -120,9 +139,13 @@ def robust_accuracy(
         raise ValueError(f"labels must be one of {LABELS}, got {labels!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {precision!r}")
+    seed_of(seed)
     x, y = _images(data, n)
     attacks = list(attack) if isinstance(attack, list | tuple) else [attack]
-    device = next(model.parameters()).device
+    for one in attacks:
+        if not callable(one):
+            raise TypeError(f"attack must be a function attack(model, x, y), or a list of such, got {shown(one)}")
+    device = _device(model)
     answer, truth = predict(model, x, batch_size), y.cpu()
     told = truth if labels == "true" else answer
     correct = (answer == truth).numpy()

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 
 from . import attacks
-from .activations import pick
 from .attacks import adaptive
 from .attacks import library as library_attacks
+from .attacks.balls import NORMS
+from .attacks.losses import LOSSES
+from .checks import count, number, pick, radius, seed, shown
 from .evaluate import LABELS, clean_accuracy, robust_accuracy
 
 # name of an attack -> (where it is, fields of Evaluation that it takes beside eps)
@@ -67,6 +69,16 @@ class Evaluation:
     def __post_init__(self):
         if self.attack != "none":
             pick(ATTACKS, self.attack, "attack")
+        for field, low in dict(steps=1, restarts=1, n=1, queries=1).items():
+            object.__setattr__(self, field, count(getattr(self, field), field, low, optional=field == "n"))
+        object.__setattr__(self, "step_size", number(self.step_size, "step_size", low=0, optional=True))
+        object.__setattr__(self, "seed", seed(self.seed))
+        if not (self.attack in ("cw", "deepfool") and self.eps == float("inf")):  # no limit
+            object.__setattr__(self, "eps", radius(self.eps))
+        pick(NORMS, self.norm, "norm")
+        pick(LOSSES, self.loss, "loss")
+        if self.targeted not in (False, True, "all"):
+            raise ValueError(f"targeted must be False, True or 'all', got {shown(self.targeted)}")
         if self.labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {self.labels!r}")
 

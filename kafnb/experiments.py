@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from . import models
+from .activations import ACTIVATIONS, activation
+from .checks import device as device_of
+from .checks import file_name, instance, pick, seed, shown
 from .data import load_data
 from .evaluate import Score
-from .evaluations import CLEAN
-from .provenance import device_name, provenance
-from .recipe import Recipe
+from .evaluations import CLEAN, Evaluation
+from .methods import METHODS
+from .provenance import code_fingerprint, code_of, device_name, provenance
+from .recipe import OPTIMIZERS, Recipe
 from .store import Folder, default_store, key_of
 from .training import fit
 
@@ -48,8 +53,18 @@ class Experiment:
     options: tuple = ()
 
     def __post_init__(self):
+        instance(self.data, str, "data", ": 'digits', 'cifar10' or 'folder:PATH'")
+        for field in ("model", "activation"):
+            file_name(getattr(self, field), field)
+        instance(self.recipe, Recipe, "recipe")
+        object.__setattr__(self, "seed", seed(self.seed))
         pairs = self.options.items() if isinstance(self.options, dict) else self.options
-        object.__setattr__(self, "options", tuple(sorted((str(k), v) for k, v in pairs)))
+        try:
+            options = tuple(sorted((str(k), v) for k, v in pairs))
+            json.dumps(options)
+        except (TypeError, ValueError):
+            raise TypeError(f"options must be (name, value) pairs of plain values, got {shown(self.options)}") from None
+        object.__setattr__(self, "options", options)
 
     @property
     def key(self):
@@ -70,36 +85,55 @@ class Experiment:
 PRODUCTS = ("weights.safetensors", "history.csv", "experiment.json")
 
 
-def _finished(folder, data):
-    """True if the folder holds a whole result; an error if that was trained on other data."""
+def _code(experiment):
+    """Fingerprint of the code that the weights come from: this package's, and that of a user's own activation."""
+    with torch.random.fork_rng(devices=[]):
+        parts = {type(m) for m in activation(experiment.activation, 8).modules()}
+    own = [METHODS.get(experiment.recipe.method), OPTIMIZERS.get(experiment.recipe.optimizer)]
+    return code_of(("data", "models", "training"), [*parts, *own, ACTIVATIONS[experiment.activation]])
+
+
+def _finished(folder, data, code):
+    """True if the folder holds a whole result that may be used; an error if that was trained on other data."""
     if not all(folder.has(name) for name in PRODUCTS):
         return False
-    trained_on = folder.read_json("experiment.json")["data_fingerprint"]
-    if trained_on != data.fingerprint:
+    record = folder.read_json("experiment.json")
+    if (trained_on := record.get("data_fingerprint")) != data.fingerprint:
         raise ValueError(
-            f"{folder.path} was trained on other data ({trained_on}) than {data.name} is now "
+            f"{folder.path} was trained on other data ({shown(trained_on)}) than {data.name} is now "
             f"({data.fingerprint}): move that folder away, or name the right data"
         )
+    return folder.by_this_code("weights.safetensors", record.get("code"), code)
+
+
+def _loaded(folder, model):
+    """Whether the stored weights fit the model, which has them then."""
+    try:
+        model.load_state_dict(folder.read_weights())
+    except (RuntimeError, SafetensorError):
+        folder.set_aside("weights.safetensors", "does not hold the weights of this model (an older format?)")
+        return False
     return True
 
 
-def _trained(folder, experiment, data, device, progress):
-    """Load, resume or train; the model on ``device`` in eval mode."""
-    model = experiment.build(data).to(device)
-    if _finished(folder, data):
-        model.load_state_dict(folder.read_weights())
+def _trained(folder, experiment, data, device, progress, finished=None):
+    """Load, resume or train; the model on ``device`` in eval mode. ``finished``: what ``_finished`` said, if asked."""
+    model, code = experiment.build(data).to(device), _code(experiment)
+    if (_finished(folder, data, code) if finished is None else finished) and _loaded(folder, model):
         return model.eval()
-    started = time.perf_counter()
+    started, origin = time.perf_counter(), {"code": code, "data": data.fingerprint}
     history = fit(
-        model, data, experiment.recipe, seed=experiment.seed, device=device,
-        progress=progress, resume=folder.read_checkpoint(device), save=folder.write_checkpoint,
+        model, data, experiment.recipe, seed=experiment.seed, device=device, progress=progress,
+        resume=folder.read_checkpoint(**origin), save=lambda state: folder.write_checkpoint(state | origin),
     )  # fmt: skip
     folder.write_weights(model)
     folder.write_table("history.csv", history)
     record = {
+        "format": 1,
         "experiment": dataclasses.asdict(experiment),
         "parameters": sum(p.numel() for p in model.parameters()),
         "data_fingerprint": data.fingerprint,
+        "code": code,
         "seconds": round(time.perf_counter() - started, 2),
         "device": device_name(device),
     }
@@ -108,18 +142,50 @@ def _trained(folder, experiment, data, device, progress):
     return model
 
 
+def _stored(folder, name, labels, data, origin):
+    """The ``Score`` in a stored evaluation, or None where there is none that may be used."""
+    if not folder.has(name):
+        return None
+    made = folder.read_comment(name)
+    if made.get("weights", origin["weights"]) != origin["weights"]:
+        folder.set_aside(name, "is of other weights than are there now")
+        return None
+    if not folder.by_this_code(name, made.get("code"), origin["code"]):
+        return None
+    try:
+        table = folder.read_table(name)
+        correct, images = table["correct"].to_numpy(), table["label"].to_numpy()
+        right = len(table) > 0 and set(correct) <= {0, 1} and (images == data.y_test[: len(table)].numpy()).all()
+    except (ValueError, KeyError, TypeError):
+        right = False
+    if not right:
+        folder.set_aside(name, "does not hold an evaluation on these images")
+        return None
+    return Score(correct.astype(bool), labels)
+
+
 def _score(folder, evaluation, model, data):
     slug = evaluation.name.split(" ")[0].lower()
     name = f"evaluation-{slug}-{key_of(evaluation)}.csv"
-    if folder.has(name):
-        correct = folder.read_table(name)["correct"].to_numpy(bool)
-        return Score(correct, "none" if evaluation.attack == "none" else evaluation.labels)
+    labels = "none" if evaluation.attack == "none" else evaluation.labels
+    code = code_fingerprint("data", "evaluations", "models")
+    if score := _stored(folder, name, labels, data, {"code": code, "weights": folder.digest("weights.safetensors")}):
+        return score
     score = evaluation(model(), data)
     table = pd.DataFrame(
         {"image": range(score.n), "label": data.y_test[: score.n], "correct": score.correct.astype(int)}
     )
-    folder.write_table(name, table, json.dumps(dataclasses.asdict(evaluation)))
+    origin = {"code": code, "weights": folder.digest("weights.safetensors")}
+    folder.write_table(name, table, json.dumps(dataclasses.asdict(evaluation) | origin))
     return score
+
+
+def _check(experiment):
+    """An experiment whose names are all known."""
+    instance(experiment, Experiment, "experiments")
+    pick(ACTIVATIONS, experiment.activation, "activation")
+    models.maker(experiment.model)
+    return experiment
 
 
 def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=False, store=None):
@@ -140,15 +206,29 @@ def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=F
     DataFrame
         One row an experiment and metric: the experiment's fields, metric, labels, rate, low, high (95 % Wilson), n,
         and ``correct``, the boolean of each test image.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Unknown names, before anything is trained; a stored result of other data; what KAFNB_STALE=refuse refuses.
+    OSError
+        The store cannot be written: one line. What was finished stays, and the next run goes on from there.
     """
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
+    evaluations = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
+    for experiment in experiments:  # before hours of training: what is wrong with any of them
+        _check(experiment)
+    for evaluation in evaluations:
+        instance(evaluation, Evaluation, "evaluations")
+    device = device_of(device)
     store, rows = Path(store or default_store()), []
     for experiment in tqdm(experiments, unit="model", leave=False, disable=not progress):
         data = load_data(experiment.data, data_root)
         folder = Folder(store / experiment.name)
         with folder.lock():
-            model = functools.cache(functools.partial(_trained, folder, experiment, data, device, progress))
-            if not _finished(folder, data):
+            finished = _finished(folder, data, _code(experiment))
+            model = functools.cache(functools.partial(_trained, folder, experiment, data, device, progress, finished))
+            if not finished:
                 model()
             for evaluation in [CLEAN, *evaluations]:
                 score = _score(folder, evaluation, model, data)
@@ -166,14 +246,19 @@ def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=F
 
 def load(experiment, *, data_root=None, device="cpu", progress=False, store=None):
     """The trained model of an experiment, in eval mode; trained first if the store has none."""
+    _check(experiment)
+    device, data = device_of(device), load_data(experiment.data, data_root)
     folder = Folder(Path(store or default_store()) / experiment.name)
     with folder.lock():
-        return _trained(folder, experiment, load_data(experiment.data, data_root), device, progress)
+        return _trained(folder, experiment, data, device, progress)
 
 
 def history(experiment, *, store=None):
     """The training history of a stored experiment, a row an epoch."""
-    folder = Folder(Path(store or default_store()) / experiment.name)
-    if not folder.has("history.csv"):
+    folder = Folder(Path(store or default_store()) / _check(experiment).name)
+    if not folder.path.is_dir():
         raise FileNotFoundError(f"{experiment.name} is not in the store {folder.path.parent}: run it first")
-    return folder.read_table("history.csv")
+    with folder.lock():  # or a file that another process has written, and not listed yet, would look damaged
+        if not folder.has("history.csv"):
+            raise FileNotFoundError(f"{experiment.name} is not in the store {folder.path.parent}: run it first")
+        return folder.read_table("history.csv")

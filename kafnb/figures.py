@@ -6,7 +6,9 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 from filelock import FileLock
+from matplotlib.figure import Figure
 
+from .checks import file_name, instance
 from .paths import home, write_atomically
 
 # The same colour and marker for an activation everywhere. Okabe and Ito's colour-blind safe palette;
@@ -65,6 +67,8 @@ def save_figure(figure, name, table, folder, **provenance):
     provenance : JSON values
         notebook, profile, seed, commit, device, versions.
     """
+    file_name(name, "a figure's name")
+    instance(figure, Figure, "figure")
     if not isinstance(table, pd.DataFrame) or table.empty:
         raise ValueError(f"figure {name} needs the numbers it draws as a non-empty DataFrame")
     folder = Path(folder)
@@ -77,9 +81,8 @@ def save_figure(figure, name, table, folder, **provenance):
 def update_manifest(folder, section, name, entry):
     """Merge one entry into ``folder``/manifest.json; several notebooks may do so at once."""
     path = Path(folder) / "manifest.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".manifest.lock"):
-        manifest = json.loads(path.read_text()) if path.exists() else {}
+        manifest = read_manifest(folder)
         entries = manifest.setdefault(section, {})
         entries[name] = entries.get(name, {}) | entry
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
@@ -89,7 +92,10 @@ def update_manifest(folder, section, name, entry):
 def read_manifest(folder):
     """The manifest of a figures folder; empty if there is none yet."""
     path = Path(folder) / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: move it away, or restore it with git") from None
 
 
 def measured(name, profile):

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import checks
+from .activations import ACTIVATIONS
 from .activations import activation as named_activation
 from .attacks import frozen
 from .kwta import KWTA
@@ -82,8 +84,11 @@ def growth_factor(name, block=None, *, depth=56, image_size=16, seeds=2):
     ValueError
         Unknown names; a constant function.
     """
+    if not callable(name):
+        checks.pick(ACTIVATIONS, name, "activation")
     if block is None:
         return _chi(name)
+    checks.count(seeds, "seeds")
     logs = []
     for seed in range(seeds):
         norms = list(predict(name, block, depth, image_size, seed=seed).values())
@@ -157,14 +162,20 @@ def measure(model, batch, dtype=None):
     dict
         Block name -> Euclidean norm (summed in float64), input side first.
     """
-    x, y = batch
-    if len(x) < 2 or len(x) != len(y):
-        raise ValueError(f"measure needs at least 2 images, and a label each, got {len(x)} and {len(y)}")
-    p = next(model.parameters())
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise TypeError(f"batch must be a pair (images, labels), got {checks.shown(batch)}")
+    checks.instance(model, nn.Module, "model")
+    x, y = checks.images(batch[0], box=False), batch[1]
+    if len(x) < 2:
+        raise ValueError(f"measure needs at least 2 images, and a label each, got {len(x)}")
+    checks.labels(y, len(x))
+    p = next(model.parameters(), x)
     model = copy.deepcopy(model).to(dtype=dtype or p.dtype).train()  # batch statistics move in the copy
     with torch.random.fork_rng(), torch.enable_grad(), frozen(model), _outputs(_watched(model)) as outputs:
         torch.manual_seed(0)  # of dropout
-        logits = model(x.to(p.device, dtype or p.dtype).requires_grad_())
+        with checks.forward(x):
+            logits = model(x.detach().to(p.device, dtype or p.dtype).requires_grad_())
+        checks.labels(y, classes=logits.shape[1])
         wide = torch.promote_types(logits.dtype, torch.float32)
         loss = nn.functional.cross_entropy(logits.to(wide), y.to(p.device))
         grads = torch.autograd.grad(loss, list(outputs.values()))

@@ -6,6 +6,8 @@ Source: Xiao, Zhong, Zheng, "Enhancing adversarial defense by k-winners-take-all
 import torch
 from torch import nn
 
+from .checks import number
+
 
 class KWTA(nn.Module):
     """Keep the k largest activations of each example's whole layer, k = ratio * size, at least 1.
@@ -22,9 +24,7 @@ class KWTA(nn.Module):
 
     def __init__(self, ratio):
         super().__init__()
-        if not 0 < ratio <= 1:
-            raise ValueError(f"KWTA ratio must be in (0, 1], got {ratio}")
-        self.ratio = ratio
+        self.ratio = number(ratio, "KWTA ratio", above=0, high=1)
 
     def forward(self, x):
         flat = x.flatten(1)

@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import models
+from .checks import count
+from .checks import seed as checked_seed
 
 
 class _SquaredAct(torch.autograd.Function):
@@ -112,6 +114,9 @@ def predict(activation, block="thesis", depth=56, image_size=16, *, width=16, sa
     dict
         Block name -> sqrt(sum of squared gradients), input side first, as ``gradients.measure``.
     """
+    count(image_size, "image_size")
+    count(samples, "samples")
+    checked_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # float64: squared gradients of a deep network pass float32's 1e38

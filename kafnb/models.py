@@ -5,17 +5,31 @@ thesis' penalty, lambda * sum(w^2) over the weights of the layer types in ``l2_l
 """
 
 import functools
+import inspect
 import itertools
 
 from torch import nn
 from torch.nn import functional as F
 
+from .activations import ACTIVATIONS
 from .activations import activation as named_activation
-from .activations import pick
+from .checks import count, instance, number, pick
 
 
 def _factory(activation):
-    return activation if callable(activation) else functools.partial(named_activation, activation)
+    if callable(activation):
+        return activation
+    pick(ACTIVATIONS, activation, "activation")
+    return functools.partial(named_activation, activation)
+
+
+def _sizes(in_channels, image_size, num_classes, halved=0):
+    """Refuse what no network can be built for; ``halved``: how often the network halves the image."""
+    count(in_channels, "in_channels")
+    count(num_classes, "num_classes", low=2)
+    count(image_size, "image_size")
+    if image_size < 2**halved:
+        raise ValueError(f"the network halves the image {halved} times: image_size >= {2**halved}, got {image_size}")
 
 
 def _he(model, fill):
@@ -34,6 +48,8 @@ def _conv_act(cin, cout, act):
 
 def mlp(activation="relu", in_channels=1, image_size=8, num_classes=10, hidden=(128, 64)):
     """Fully connected network on flattened images, ``hidden`` units a layer."""
+    _sizes(in_channels, image_size, num_classes)
+    hidden = [count(h, "units in hidden") for h in instance(hidden, list | tuple, "hidden")]
     act, sizes = _factory(activation), (in_channels * image_size**2, *hidden)
     layers = [nn.Flatten()]
     for i, o in itertools.pairwise(sizes):
@@ -45,6 +61,9 @@ def mlp(activation="relu", in_channels=1, image_size=8, num_classes=10, hidden=(
 
 def textbook_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10, filters=(16, 32), dropout=0.0):
     """Convolution, activation and pooling by turns, then flatten and two dense layers (section 2.1.4)."""
+    filters = [count(f, "filters") for f in instance(filters, list | tuple, "filters")]
+    _sizes(in_channels, image_size, num_classes, halved=len(filters))
+    number(dropout, "dropout", low=0, high=1)
     act, layers, cin = _factory(activation), [], in_channels
     for cout in filters:
         layers += [nn.Conv2d(cin, cout, 3, padding=1), act(cout), nn.MaxPool2d(2)]
@@ -58,6 +77,7 @@ def textbook_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10
 
 def light_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10):
     """The small CNN of the thesis' chapter 4: two blocks of 32 and 64 filters, global average pooling, dense 128."""
+    _sizes(in_channels, image_size, num_classes, halved=2)
     act = _factory(activation)
     model = nn.Sequential(
         *_conv_act(in_channels, 32, act), *_conv_act(32, 32, act), nn.MaxPool2d(2), nn.Dropout(0.2),
@@ -72,13 +92,12 @@ def light_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10):
 
 def vgg(activation="relu", in_channels=3, image_size=32, num_classes=10):
     """The VGG-inspired network of section 5.1: blocks of 32, 64 and 128 filters, then dense 128."""
+    _sizes(in_channels, image_size, num_classes, halved=3)
     act, layers, cin = _factory(activation), [], in_channels
     for filters, rate in ((32, 0.2), (64, 0.25), (128, 0.3)):
         layers += [*_conv_act(cin, filters, act), *_conv_act(filters, filters, act), nn.MaxPool2d(2), nn.Dropout(rate)]
         cin = filters
     flat = 128 * (image_size // 8) ** 2
-    if flat == 0:
-        raise ValueError(f"vgg halves the image three times: it needs image_size >= 8, got {image_size}")
     layers += [nn.Flatten(), nn.Linear(flat, 128), act(128), nn.Dropout(0.4), nn.Linear(128, num_classes)]
     model = _he(nn.Sequential(*layers), nn.init.kaiming_uniform_)
     model.l2, model.l2_layers = 0.0012, (nn.Linear,)
@@ -162,6 +181,14 @@ class PreactBlock(nn.Module):
 BLOCKS = {"thesis": ThesisBlock, "he": HeBlock, "preact": PreactBlock, "plain": PlainBlock}
 
 
+def resnet_blocks(depth):
+    """n of a depth 6n + 2."""
+    n, rest = divmod(count(depth, "resnet depth", low=-10_000, high=10_000) - 2, 6)
+    if rest or n < 1:
+        raise ValueError(f"resnet depth must be 6n + 2 (20, 32, 44, 56, ...), got {depth}")
+    return n
+
+
 def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=10, image_size=32, width=16):
     """ResNet of 6n + 2 layers for small images: three stages of n blocks with width, 2 width, 4 width filters.
 
@@ -177,9 +204,9 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     ValueError
         depth is not 6n + 2, or block is unknown.
     """
-    n, rest = divmod(depth - 2, 6)
-    if rest or n < 1:
-        raise ValueError(f"resnet depth must be 6n + 2 (20, 32, 44, 56, ...), got {depth}")
+    n = resnet_blocks(depth)
+    _sizes(in_channels, image_size, num_classes)
+    count(width, "width")
     act, make = _factory(activation), pick(BLOCKS, block, "block")
     stem, tail = [_conv3(in_channels, width)], [nn.BatchNorm2d(4 * width), act(4 * width)]
     if block != "preact":
@@ -197,10 +224,20 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     return model
 
 
+def maker(name):
+    """The function that makes the model of this name."""
+    makers = {"mlp": mlp, "textbook_cnn": textbook_cnn, "light_cnn": light_cnn, "vgg": vgg}
+    if isinstance(name, str) and name.startswith("resnet") and name[6:].isdecimal() and len(name) <= 10:
+        resnet_blocks(int(name[6:]))
+        return functools.partial(resnet, int(name[6:]))
+    return pick(makers | {f"resnet{d}": resnet for d in (20, 32, 44, 56, 110)}, name, "model")
+
+
 def build(name, activation, data, **options):
     """A model by name ("mlp", "textbook_cnn", "vgg", "resnet20", ...) with the shape and classes of ``data``."""
     shape = dict(in_channels=data.in_channels, image_size=data.image_size, num_classes=data.num_classes)
-    if name.startswith("resnet") and name[6:].isdigit():
-        return resnet(int(name[6:]), activation, **shape, **options)
-    makers = {"mlp": mlp, "textbook_cnn": textbook_cnn, "light_cnn": light_cnn, "vgg": vgg}
-    return pick(makers, name, "model")(activation, **shape, **options)
+    make = maker(name)
+    known = inspect.signature(make).parameters
+    for option in options:
+        pick(tuple(k for k in known if k not in ("activation", *shape)), option, f"option of {name}")
+    return make(activation, **shape, **options)

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from . import findings
+from . import checks, findings
 from .figures import read_manifest, update_manifest
 from .paths import home, write_atomically
 from .profiles import PROFILES, resolve_data, resolve_device
@@ -52,12 +52,17 @@ def select(only=()):
     ValueError
         Nothing of that name.
     """
+    checks.instance(only, list | tuple, "only")
+    for name in only:
+        checks.instance(name, str, "a notebook")
     names = available()
     if not only:
         return names
     chosen = {o: [n for n in names if n == o or n.split("_")[0] == o.zfill(2)] for o in only}
     if missing := [o for o, found in chosen.items() if not found]:
-        raise ValueError(f"no notebook {', '.join(missing)} in {home() / 'notebooks'}; there are {', '.join(names)}")
+        raise ValueError(
+            f"no notebook {checks.shown(', '.join(missing))} in {home() / 'notebooks'}; there are {', '.join(names)}"
+        )
     return sorted({n for found in chosen.values() for n in found})
 
 
@@ -77,10 +82,10 @@ def _execute(name, profile, parameters, threads, position):
 
     os.environ |= {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     source, target = home() / "notebooks" / f"{name}.ipynb", home() / "runs" / profile / f"{name}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
     started, error, unmet = time.perf_counter(), "", 0
     bar = {"position": position, "desc": name, "leave": False, "disable": not sys.stderr.isatty()}
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         unmet = findings.count(
             papermill.execute_notebook(
                 source, target, parameters, kernel_name="python3", cwd=str(source.parent), progress_bar=bar
@@ -108,6 +113,9 @@ def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=Non
     -------
     list of Outcome
     """
+    checks.pick(PROFILES, profile, "profile")
+    checks.seed(seed)
+    checks.count(jobs, "jobs", optional=True)
     names, cores = select(only), os.cpu_count() or 1
     device = resolve_device(device, PROFILES[profile].needs_gpu)
     resolve_data(PROFILES[profile], data_root)

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .checks import count, number
+
 
 def _shaped(p, x):
     """(C,) -> (C, 1, ...), to broadcast along dimension 1 of x."""
@@ -17,6 +19,7 @@ class SReLU(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
+        count(channels, "SReLU channels")
         self.left = nn.Parameter(torch.zeros(channels))
         self.left_slope = nn.Parameter(torch.full((channels,), 0.2))
         self.right = nn.Parameter(torch.ones(channels))
@@ -37,6 +40,8 @@ class APL(nn.Module):
 
     def __init__(self, channels, pieces=2):
         super().__init__()
+        count(channels, "APL channels")
+        count(pieces, "APL pieces")
         self.slopes = nn.Parameter(torch.randn(pieces, channels) * 0.1)
         self.hinges = nn.Parameter(torch.randn(pieces, channels))
 
@@ -56,8 +61,9 @@ class SAF(nn.Module):
 
     def __init__(self, channels, points=20, boundary=3.0):
         super().__init__()
-        if points < 4:
-            raise ValueError(f"SAF needs at least 4 points, got {points}")
+        count(channels, "SAF channels")
+        count(points, "SAF points", low=4)
+        number(boundary, "SAF boundary", above=0)
         self.boundary = boundary
         grid = torch.linspace(-boundary, boundary, points)
         self.values = nn.Parameter(torch.tanh(grid).repeat(channels, 1))
@@ -91,6 +97,8 @@ class Maxout(nn.Module):
 
     def __init__(self, channels, pieces=3):
         super().__init__()
+        count(channels, "maxout channels")
+        count(pieces, "maxout pieces")
         start = torch.linspace(0, 1, pieces)[:, None].repeat(1, channels)
         self.weight = nn.Parameter(start + torch.randn_like(start) * 0.01)
         self.bias = nn.Parameter(torch.zeros_like(start))
@@ -111,6 +119,7 @@ class PSSiLU(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
+        count(channels, "PSSiLU channels")
         self.a = nn.Parameter(torch.ones(channels))
         self.b = nn.Parameter(torch.zeros(channels))
 

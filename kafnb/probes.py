@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .attacks import still
+from .checks import count, forward, images, instance
 
 WHERE = ("before", "after")
 
@@ -50,7 +51,8 @@ def capture(model, layers, where="after"):
     """
     if where not in WHERE:
         raise ValueError(f"where must be one of {WHERE}, got {where!r}")
-    modules, found, hooks = dict(model.named_modules()), {}, []
+    modules, found, hooks = dict(instance(model, nn.Module, "model").named_modules()), {}, []
+    instance(layers, list | tuple | dict, "layers")
     if missing := [n for n in layers if n not in modules]:
         raise ValueError(f"the model has no layer {missing[0]!r}: model.named_modules() tells their names")
 
@@ -86,12 +88,14 @@ def stream(model, batches, collectors, where="after"):
     dict
         ``collectors``.
     """
-    device = next(model.parameters()).device
+    instance(collectors, dict, "collectors", ": layer name -> collector")
+    device = next((p.device for p in instance(model, nn.Module, "model").parameters()), torch.device("cpu"))
     with still(model), torch.no_grad(), capture(model, list(collectors), where) as found:
         for batch in batches:
             parts = []
             for x in batch if isinstance(batch, tuple | list) else (batch,):
-                model(x.to(device))
+                with forward(images(x, box=False)):
+                    model(x.to(device))
                 parts.append(dict(found))
             for name, collector in collectors.items():
                 collector.update(*(p[name] for p in parts))
@@ -144,7 +148,7 @@ class Histogram:
     """
 
     def __init__(self, bins=1024):
-        if bins < 4 or bins % 4:
+        if count(bins, "bins") % 4:
             raise ValueError(f"Histogram needs a positive multiple of 4 bins, got {bins}")
         self.bins, self.exponent, self.counts = bins, None, None
 

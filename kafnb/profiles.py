@@ -4,13 +4,16 @@ import dataclasses
 import hashlib
 import inspect
 import os
+import re
 import sys
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from . import experiments, figures, thesis
+from . import experiments, figures, models, thesis
+from .checks import file_name, pick
+from .checks import seed as checked_seed
 from .data import load_data
 from .dryrun import shorten
 from .evaluations import Evaluation
@@ -73,7 +76,8 @@ class Profile:
         """
         if lr is None:
             lr = self.vgg_lr.get(activation, self.lr) if model == "vgg" else self.lr
-        epochs = self.epochs["resnet" if model.startswith("resnet") else model]
+        models.maker(model)
+        epochs = pick(self.epochs, "resnet" if model.startswith("resnet") else model, "model of this profile")
         defaults = dict(
             method=method, epochs=epochs, eps=self.eps, lr=(lr / 100, lr), batch_size=self.batch_size,
             augment=self.augment if model.startswith("resnet") else "none", precision=self.precision,
@@ -118,7 +122,7 @@ def resolve_device(device, needs_gpu=False):
     ValueError
         CUDA asked for, or needed, and not there.
     """
-    if device not in ("auto", "cpu") and not str(device).startswith("cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", str(device)):
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
     there = torch.cuda.is_available()
     if ((needs_gpu and device != "cpu") or str(device).startswith("cuda")) and not there:
@@ -146,9 +150,11 @@ class Session:
     """
 
     def __init__(self, notebook, profile="quick", seed=0, device="auto", data_root=None):
-        if profile not in PROFILES:
+        if not isinstance(profile, str) or profile not in PROFILES:
             raise ValueError(f"profile must be one of {tuple(PROFILES)}, got {profile!r}")
-        self.notebook, self.profile, self.seed = notebook, shorten(PROFILES[profile]), int(seed)
+        seed = checked_seed(int(seed) if isinstance(seed, str) and re.fullmatch(r"-?\d{1,12}", seed) else seed)
+        self.notebook, self.profile = file_name(notebook, "notebook"), shorten(PROFILES[profile])
+        self.seed = seed
         self.device = resolve_device(device, self.profile.needs_gpu)
         self.data_root = data_root
         self.data_spec = resolve_data(self.profile, data_root)
@@ -191,7 +197,7 @@ class Session:
         given = [inspect.getsource(function), repr(arguments), repr(sorted(options.items()))]
         fixed = [str(self.seed), self.profile.name, self.data.fingerprint, code_fingerprint()]
         key = hashlib.sha256("\0".join(given + fixed).encode()).hexdigest()[:10]
-        folder = Folder(default_store() / f"{self.notebook}-{function.__name__}-{key}")
+        folder = Folder(default_store() / file_name(f"{self.notebook}-{function.__name__}-{key}", "a table's name"))
         with folder.lock():
             if not folder.has("table.csv"):
                 with torch.random.fork_rng():

@@ -1,7 +1,9 @@
 """Where a result came from: code, commit, versions, device."""
 
+import ast
 import functools
 import hashlib
+import inspect
 import platform
 import subprocess
 from pathlib import Path
@@ -10,12 +12,79 @@ import torch
 
 from .paths import VERSION, home
 
+PACKAGE = Path(__file__).parent
+NEUTRAL = {"checks", "paths"}  # they refuse input and name files; no number depends on them
+
+
+def _file(module):
+    """Source file of a module by its dotted name below this package ("" is the package); None if there is none."""
+    path = PACKAGE.joinpath(*module.split(".")) if module else PACKAGE
+    files = (path / "__init__.py", path.with_suffix(".py"))
+    return next((f for f in files if f.exists()), None)
+
 
 @functools.cache
-def code_fingerprint():
-    """Ten hex digits of the SHA-256 of this package's source: what was computed by other code has another one."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:10]
+def _read(module):
+    """What a module says without comments, docstrings and layout, which change no result; what it imports from here."""
+    file = _file(module)
+    here = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    tree, imports = ast.parse(file.read_text()), set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            node.body = body[1:] or [ast.Pass()]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for name in (".".join([*base, alias.name]) for alias in node.names):
+                imports.add(name if _file(name) else ".".join(base))
+    return ast.unparse(tree), imports
+
+
+@functools.cache
+def code_fingerprint(*modules):
+    """Ten hex digits for the code of ``modules`` and of all in this package that they import; without any, for all.
+
+    Comments, docstrings and layout do not count: what was computed by other code has another fingerprint, and what
+    has another fingerprint was computed by other code (or read by another version of Python's parser).
+    """
+    found, todo = set(), list(modules)
+    if not modules:
+        files = sorted(p.relative_to(PACKAGE).with_suffix("") for p in PACKAGE.rglob("*.py"))
+        found = {".".join(f.parts).removesuffix("__init__").rstrip(".") for f in files}
+    while todo:
+        module = todo.pop()
+        if module not in found and module.split(".")[-1] not in NEUTRAL:
+            found.add(module)
+            todo += _read(module)[1]
+    digest = hashlib.sha256()
+    for module in sorted(found):
+        digest.update(f"{module}\0{_read(module)[0]}\0".encode())
+    return digest.hexdigest()[:10]
+
+
+def _own_source(thing):
+    """Source of a function or class that a user registered; its byte code where there is no source."""
+    defaults = repr(getattr(thing, "__defaults__", None))
+    try:
+        return inspect.getsource(thing) + defaults
+    except (OSError, TypeError):
+        functions = [thing, *vars(thing).values()] if isinstance(thing, type) else [thing]
+        codes = [f.__code__ for f in functions if hasattr(f, "__code__")]
+        return repr([(c.co_code, c.co_names, [v for v in c.co_consts if not inspect.iscode(v)]) for c in codes])
+
+
+def code_of(roots, things):
+    """``code_fingerprint`` of ``roots``, and of functions and classes in use that may be a user's own."""
+    modules, own = set(roots), []
+    for thing in things:
+        top, _, rest = (getattr(thing, "__module__", "") or "").partition(".")
+        if top == PACKAGE.name:
+            modules |= {rest} - {""}
+        elif top != "torch":
+            own.append(_own_source(thing))
+    fingerprint = code_fingerprint(*sorted(modules))
+    return hashlib.sha256("\0".join([fingerprint, *sorted(own)]).encode()).hexdigest()[:10] if own else fingerprint
 
 
 def provenance():

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from .activations import pick
+from .checks import count, instance, number, pick
 from .methods import METHODS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,7 +73,14 @@ class Recipe:
     kwta_start: float | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "lr", tuple(float(v) for v in self.lr))
+        rates = [number(v, "lr") for v in instance(self.lr, list | tuple, "lr", ": (low, high)")]
+        object.__setattr__(self, "lr", tuple(float(v) for v in rates))
+        for field, low in dict(epochs=0, batch_size=1, steps=1, replays=1, track=0, watch=0).items():
+            object.__setattr__(self, field, count(getattr(self, field), field, low))
+        for field, low in dict(momentum=0, eps=0, l2=0, step_size=0, strength=0, clip=0).items():
+            optional = field not in ("momentum", "eps")
+            object.__setattr__(self, field, number(getattr(self, field), field, low, optional=optional))
+        number(self.peak, "peak", low=0, high=1)
         for field, table in (("method", METHODS), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             pick(table, getattr(self, field), field)
         if self.schedule not in ("triangular", "constant"):
@@ -82,10 +89,7 @@ class Recipe:
             raise ValueError(f"augment must be 'none', 'crop' or 'crop_flip', got {self.augment!r}")
         if len(self.lr) != 2 or not 0 <= self.lr[0] <= self.lr[1] < float("inf"):
             raise ValueError(f"lr must be (low, high) with 0 <= low <= high, got {self.lr}")
-        if self.kwta_start is not None and not 0 < self.kwta_start <= 1:
-            raise ValueError(f"kwta_start must be in (0, 1], got {self.kwta_start}")
-        if self.epochs < 0 or self.batch_size < 1 or self.eps < 0 or self.replays < 1:
-            raise ValueError(f"epochs and eps must be >= 0, batch_size and replays >= 1, got {self}")
+        number(self.kwta_start, "kwta_start", above=0, high=1, optional=True)
 
 
 OPTIMIZERS = {

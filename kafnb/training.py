@@ -8,14 +8,15 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from . import checks
 from .attacks import pgd
 from .collapse import collapsed, message, watched
-from .data import augment, to_unit
+from .data import Data, augment, to_unit
 from .evaluate import clean_accuracy, robust_accuracy
 from .gradients import first_nonfinite, measure
 from .kwta import KWTA
 from .methods import METHODS
-from .recipe import PRECISIONS, epochs_of, kwta_ratio, optimizer_of, triangular
+from .recipe import PRECISIONS, Recipe, epochs_of, kwta_ratio, optimizer_of, triangular
 
 
 def _batches(x, y, recipe):
@@ -68,6 +69,14 @@ def _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done=(0.0, 1.0)):
             yield loss.detach() * len(yb), (logits.detach().argmax(1) == yb).sum(), len(yb)
 
 
+def _check(model, data, recipe, seed, device):
+    checks.instance(model, torch.nn.Module, "model")
+    checks.instance(data, Data, "data", " (see load_data)")
+    checks.instance(recipe, Recipe, "recipe")
+    checks.seed(seed)
+    checks.device(device)
+
+
 def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=None, save=None):
     """Train ``model`` in place.
 
@@ -91,16 +100,20 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
         monitors. If a loss, or under ``monitor`` a gradient, is not finite, training stops with a warning: the weights
         are those of the last good epoch and the last row's loss is NaN.
     """
+    _check(model, data, recipe, seed, device)
     model.to(device)
     x, y = data.x_train.to(device), data.y_train.to(device)
     optimizer = optimizer_of(model, recipe)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.precision == "float16")
     history, epochs = [], epochs_of(recipe)
     if resume:
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        scaler.load_state_dict(resume["scaler"])
-        history = list(resume["history"])
+        try:
+            model.load_state_dict(resume["model"])
+            optimizer.load_state_dict(resume["optimizer"])
+            scaler.load_state_dict(resume["scaler"])
+            history = list(resume["history"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError("resume is not a state that fit saved of this model and recipe: start without") from error
     batches = len(x) // recipe.batch_size + (len(x) % recipe.batch_size > 1)
     total = epochs * batches * (recipe.replays if recipe.method == "free" else 1)
     step = len(history) * (total // max(epochs, 1))
@@ -193,6 +206,10 @@ def range_test(model, data, recipe, *, low=1e-4, high=10.0, steps=100, seed=0, d
 
     Source: Smith, WACV 2017, arXiv:1506.01186.
     """
+    _check(model, data, recipe, seed, device)
+    checks.count(steps, "steps", low=2)
+    checks.number(low, "low", above=0)
+    checks.number(high, "high", above=low)
     model.to(device)
     x, y = data.x_train.to(device), data.y_train.to(device)
     optimizer = optimizer_of(model, recipe)

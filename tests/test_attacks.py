@@ -147,7 +147,7 @@ def test_works_under_no_grad_and_restores_after_an_error(net, images):
     with torch.no_grad():
         assert not torch.equal(attacks.fgsm(net, x, y, eps=0.1), x)
     net.train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError):
         attacks.fgsm(net, x[:, :, :3, :3], y, eps=0.1)
     assert net.training and all(p.requires_grad for p in net.parameters())
 

@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from .. import checks
 from .balls import NORMS, project, random_delta, steepest
 from .fast import twin
 from .losses import LOSSES, cross_entropy, towards
@@ -54,7 +55,8 @@ def logits_and_gradient(model, x, objective):
     """The logits at x, and the gradient of ``objective(logits)``, summed over images, in x."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = model(x)
+        with checks.forward(x):
+            logits = model(x)
         return logits.detach(), torch.autograd.grad(objective(logits).sum(), x)[0]
 
 
@@ -63,19 +65,23 @@ def input_gradient(model, x, y):
     return logits_and_gradient(model, x, lambda logits: cross_entropy(logits, y))[1]
 
 
-def _check(x, y, eps, norm):
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps must be finite and >= 0, in pixel units of [0, 1], got {eps}")
-    if not x.is_floating_point():
-        raise ValueError(f"attacks need float images in [0, 1], got {x.dtype}: divide by 255 first")
-    if len(x) and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"attacks need images in [0, 1], got [{x.min():.3g}, {x.max():.3g}]")
-    if y is None or y.shape != (len(x),) or y.is_floating_point():
-        raise ValueError(
-            f"attacks need one integer label an image, got {None if y is None else (y.dtype, tuple(y.shape))}"
-        )
+def _check(model, x, y, eps, norm):
+    checks.instance(model, torch.nn.Module, "model")
+    checks.pick(NORMS, norm, "norm")
+    checks.radius(eps)
+    checks.labels(y, len(checks.images(x)))
+
+
+def _within(loss):
+    """``loss``, which at its first call looks whether the labels are classes of the logits."""
+    looked = []
+
+    def checked(logits, y):
+        if not looked:
+            looked.append(checks.labels(y, classes=logits.shape[1]))
+        return loss(logits, y)
+
+    return checked
 
 
 def ascend(
@@ -176,16 +182,20 @@ def pgd(
 
     Source: Madry et al., ICLR 2018, arXiv:1706.06083.
     """
-    _check(x, y, eps, norm)
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"pgd needs steps >= 1 and restarts >= 1, got {steps} and {restarts}")
+    _check(model, x, y, eps, norm)
+    checks.count(steps, "steps")
+    checks.count(restarts, "restarts")
+    checks.number(step_size, "step_size", low=0, optional=True)
+    checks.number(momentum, "momentum", low=0)
     if restarts > 1 and not random_start:
         raise ValueError("restarts > 1 without random_start would repeat the same attack")
-    if loss not in LOSSES or targeted not in (False, True, "all"):
-        raise ValueError(f"loss must be one of {tuple(LOSSES)}, targeted False, True or 'all': {loss!r}, {targeted!r}")
-    if schedule not in SCHEDULES and not callable(schedule):
-        raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a function, got {schedule!r}")
-    sign, raised = (-1 if targeted is True else 1), LOSSES[loss]
+    if targeted not in (False, True, "all"):
+        raise ValueError(f"targeted must be False, True or 'all', got {checks.shown(targeted)}")
+    if not callable(schedule):
+        checks.pick(SCHEDULES, schedule, "schedule")
+    sign, raised = (-1 if targeted is True else 1), _within(checks.pick(LOSSES, loss, "loss"))
+    if surrogate is not None:
+        checks.instance(surrogate, torch.nn.Module, "surrogate")
     options = dict(eps=eps, steps=steps, norm=norm, momentum=momentum, schedule=schedule)
     options |= {} if gradient is None else {"gradient": gradient}
     options["step_size"] = 2.5 * eps / steps if step_size is None else step_size
@@ -232,7 +242,10 @@ def _rounds(model, x, y, restarts, targeted):
     if targeted != "all" or len(x) == 0:
         return [(r, None) for r in range(restarts)]
     with torch.no_grad():
-        order = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # the last one is y itself
+        with checks.forward(x):
+            logits = model(x)
+        checks.labels(y, classes=logits.shape[1])
+        order = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # the last one is y itself
     return [(r, order[:, k]) for r in range(restarts) for k in range(order.shape[1] - 1)]
 
 

@@ -10,9 +10,10 @@ import functools
 import torch
 from torch import nn
 
+from ..checks import count, instance, number
 from ..kaf import KAF
 from ..kwta import KWTA
-from . import logits_and_gradient, pgd
+from . import _check, logits_and_gradient, pgd
 from .balls import random_delta
 
 
@@ -30,6 +31,8 @@ def swapped(model, kind, make):
 
 def averaged(draws, radius):
     """A gradient for ``pgd``: the mean over ``draws`` uniform neighbours within ``radius`` (L-inf, pixel units)."""
+    count(draws, "draws")
+    number(radius, "radius", low=0)
 
     def gradient(model, x, objective):
         total = 0
@@ -64,17 +67,22 @@ class SmoothKWTA(nn.Module):
 
 def neighbours(model, x, y, *, eps, draws=4, radius=None, **options):
     """PGD along the gradient averaged over random neighbours, which sees past the jumps of k-WTA."""
+    _check(model, x, y, eps, "linf")
     return pgd(model, x, y, eps=eps, gradient=averaged(draws, eps / 10 if radius is None else radius), **options)
 
 
 def kwta_smooth(model, x, y, *, eps, temperature=0.2, **options):
     """PGD with every k-WTA's backward pass replaced by a smooth one (``SmoothKWTA``)."""
+    _check(model, x, y, eps, "linf")
+    number(temperature, "temperature", above=0)
     surrogate = swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
     return pgd(model, x, y, eps=eps, surrogate=surrogate, **options)
 
 
 def kwta_both(model, x, y, *, eps, temperature=0.2, draws=4, radius=None, **options):
     """The smooth backward pass, averaged over random neighbours."""
+    _check(model, x, y, eps, "linf")
+    number(temperature, "temperature", above=0)
     surrogate = swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
     gradient = averaged(draws, eps / 10 if radius is None else radius)
     return pgd(model, x, y, eps=eps, surrogate=surrogate, gradient=gradient, **options)
@@ -141,24 +149,33 @@ class _Annealed:
 
 def double(model, x, y, *, eps, **options):
     """PGD with gradients in float64."""
+    _check(model, x, y, eps, "linf")
     return pgd(model, x, y, eps=eps, surrogate=Double(model), **options)
 
 
 def kaf_tails(model, x, y, *, eps, reach=1.0, **options):
     """PGD with the KAFs' tails replaced in the backward pass (``OpenTails``)."""
+    _check(model, x, y, eps, "linf")
+    number(reach, "reach", above=0)
     surrogate = swapped(model, KAF, functools.partial(OpenTails, reach=reach))
     return pgd(model, x, y, eps=eps, surrogate=surrogate, **options)
 
 
 def kaf_annealed(model, x, y, *, eps, steps=20, widths=(0.5, 0.25, 0.1, 0.0), **options):
     """PGD that begins on a smoothed network and ends on the model: each KAF averaged over noise of ``widths``."""
+    _check(model, x, y, eps, "linf")
+    count(steps, "steps")
+    for tau in instance(widths, list | tuple, "widths"):
+        number(tau, "widths", low=0)
+    if not widths:
+        raise ValueError("kaf_annealed needs at least one of widths")
     nets = [swapped(model, KAF, functools.partial(smoothed, tau=tau)) if tau else model for tau in widths]
     return pgd(model, x, y, eps=eps, steps=steps, gradient=_Annealed(nets, steps), **options)
 
 
 def transfer(model, x, y, *, eps, source, **options):
     """PGD on another network, ``source``; black box as far as the model is concerned."""
-    return pgd(model, x, y, eps=eps, surrogate=source, **options)
+    return pgd(model, x, y, eps=eps, surrogate=instance(source, nn.Module, "source"), **options)
 
 
 def suite(model, source=None):

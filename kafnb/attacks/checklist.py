@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..checks import count, forward, images, instance, labels, radius
+from ..checks import seed as seed_of
 from ..evaluate import _images, robust_accuracy
 from . import fgsm, input_gradient, pgd, still
 from .adaptive import transfer
@@ -38,8 +40,9 @@ EXPLANATIONS = {
 def outputs(model, x, y):
     """The checks that need no attack: name -> value."""
     with still(model):
-        with torch.no_grad():
+        with torch.no_grad(), forward(x):
             first, second = model(x), model(x)
+        labels(y, len(images(x)), first.shape[1])
         probable = first.min() > -1e-5 and first.max() < 1 + 1e-5 and ((first.sum(1) - 1).abs() < 1e-5).all()
         right = first.argmax(1) == y
         g = input_gradient(model, x[right], y[right]).flatten(1)
@@ -86,6 +89,12 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
     DataFrame
         One row a check: check, value (what the explanation names), limit, finding (bool), explanation.
     """
+    radius(eps)
+    count(steps, "steps")
+    count(queries, "queries")
+    if source is not None:
+        instance(source, torch.nn.Module, "source")
+    instance(model, torch.nn.Module, "model")
     x, y = (t.to(next(model.parameters()).device) for t in _images(data, n))
     values = outputs(model, x, y)
     options = dict(eps=eps, step_size=eps / 4, early_stop=True)
@@ -131,7 +140,12 @@ def loss_surface(model, x, y, *, eps, size=25, seed=0):
     DataFrame
         gradient, random (pixel units), loss; size^2 rows.
     """
-    device = next(model.parameters()).device
+    radius(eps)
+    count(size, "size")
+    count(y, "y", low=0)
+    seed_of(seed)
+    images(x, dims=3)
+    device = next(instance(model, torch.nn.Module, "model").parameters()).device
     x, label = x[None].to(device), torch.tensor([y], device=device)
     generator = torch.Generator().manual_seed(seed)
     along = torch.from_numpy(np.linspace(-eps, eps, size)).to(x)

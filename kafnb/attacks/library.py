@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from ..checks import count, forward, instance, labels, number, radius
 from . import _check
 from .balls import size
 from .fast import twin
@@ -56,6 +57,14 @@ def _autoattack(net, eps, norm, x):
     return AutoAttack(net, norm=name, eps=eps, device=x.device, seed=_drawn())
 
 
+def _classes(net, x, y):
+    """Number of classes of a network, which accepts the images and knows the labels."""
+    with torch.no_grad(), forward(x):
+        classes = net(x[:1]).shape[1]
+    labels(y, classes=classes)
+    return classes
+
+
 def autoattack(model, x, y, *, eps, norm="linf", attacks=AUTOATTACK, batch_size=250):
     """AutoAttack's standard version: APGD-CE, targeted APGD-DLR, targeted FAB (100 steps each), Square (5,000 queries).
 
@@ -81,13 +90,13 @@ def autoattack(model, x, y, *, eps, norm="linf", attacks=AUTOATTACK, batch_size=
     Source: Croce and Hein, ICML 2020, arXiv:2003.01690; the authors' code as packaged in pyautoattack.
     """
     _pyautoattack()
-    _check(x, y, eps, norm)
-    if not attacks or not set(attacks) <= set(AUTOATTACK):
+    _check(model, x, y, eps, norm)
+    count(batch_size, "batch_size")
+    instance(attacks, list | tuple, "attacks")
+    if not attacks or not all(isinstance(a, str) for a in attacks) or not set(attacks) <= set(AUTOATTACK):
         raise ValueError(f"attacks must be some of {AUTOATTACK}, got {attacks!r}")
     with _lent(model) as net:
-        with torch.no_grad():
-            classes = net(x[:1]).shape[1]
-        if classes < 4:
+        if (classes := _classes(net, x, y)) < 4:
             raise ValueError(f"AutoAttack's targeted losses need at least 4 classes, got {classes}")
         runner = _autoattack(net, eps, norm, x)
         runner.attacks_to_run, runner.verbose = list(attacks), False
@@ -107,8 +116,11 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, restarts=1):
     Source: Andriushchenko et al., ECCV 2020, arXiv:1912.00049; the code that AutoAttack runs.
     """
     _pyautoattack()
-    _check(x, y, eps, norm)
+    _check(model, x, y, eps, norm)
+    count(queries, "queries")
+    count(restarts, "restarts")
     with _lent(model) as net, torch.no_grad():
+        _classes(net, x, y)
         attack = _autoattack(net, eps, norm, x).square
         attack.n_queries, attack.n_restarts, attack.seed = queries, restarts, _drawn()
         return attack.perturb(x, y)
@@ -116,10 +128,11 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, restarts=1):
 
 def _smallest(model, x, y, eps, find):
     """``find(copy of the model, images, labels)`` where the model is right; kept where within the L2 ball."""
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, in pixel units of [0, 1], or inf for no limit, got {eps}")
-    _check(x, y, 0.0, "l2")
+    if eps != float("inf"):
+        radius(eps)
+    _check(model, x, y, 0.0, "l2")
     with _lent(model) as net:
+        _classes(net, x, y)
         with torch.no_grad():
             right = (net(x).argmax(1) == y).nonzero()[:, 0]
         result = x.clone()
@@ -149,6 +162,10 @@ def cw(model, x, y, *, eps, steps=100, searches=6, step_size=0.05, confidence=0.
 
     Source: Carlini and Wagner, IEEE S&P 2017, arXiv:1608.04644.
     """
+    for name, value, low in (("steps", steps, 1), ("searches", searches, 1)):
+        count(value, name, low)
+    number(step_size, "step_size", above=0)
+    number(confidence, "confidence", low=0)
     try:
         import foolbox
     except ImportError:
@@ -169,6 +186,8 @@ def deepfool(model, x, y, *, eps, steps=50, overshoot=0.02):
 
     Source: Moosavi-Dezfooli et al., CVPR 2016, arXiv:1511.04599; run by the Adversarial Robustness Toolbox.
     """
+    count(steps, "steps")
+    number(overshoot, "overshoot", low=0)
     from art.attacks.evasion import DeepFool
     from art.estimators.classification import PyTorchClassifier
 

@@ -13,6 +13,7 @@ from scipy.stats import beta, binomtest, norm
 from torch import nn
 
 from ..attacks import still
+from ..checks import count, forward, images, instance, labels, number, radius, shown
 from .bounds import interval_bounds
 from .crown import crown_bounds
 
@@ -45,10 +46,19 @@ def margin_bound(model, x, y, eps, method="crown", batch_size=64):
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    instance(model, nn.Module, "model")
+    labels(y, len(images(x)))
+    if not (isinstance(eps, torch.Tensor) and eps.ndim):
+        radius(eps)
+    count(batch_size, "batch_size")
+    if len(x) == 0:
+        raise ValueError("at least one image is needed, got none")
     double, out = copy.deepcopy(model).double().eval(), []
     for xb, yb in zip(x.double().split(batch_size), y.split(batch_size), strict=True):
         low, high = (xb - eps).clamp(0, 1), (xb + eps).clamp(0, 1)
-        spec = _against(yb, double(xb[:1]).shape[1])
+        with forward(xb):
+            classes = double(xb[:1]).shape[1]
+        spec = _against(labels(yb, classes=classes), classes)
         if method == "interval":
             a, b = (t[:, None] for t in interval_bounds(double, low, high))
             bound = (spec.clamp_min(0) * a + spec.clamp_max(0) * b).sum(2)
@@ -68,11 +78,14 @@ def certified_radius(model, x, y, method="crown", largest=0.5, steps=12):
 
     A bound need not fall as eps grows, so this may be less than the largest provable one; it is never more.
     """
+    images(x)
+    number(largest, "largest", above=0)
+    count(steps, "steps")
     low, high = torch.zeros(len(x), dtype=torch.float64), torch.full((len(x),), float(largest), dtype=torch.float64)
     low, high = low.to(x.device), high.to(x.device)
     for _ in range(steps):
         eps = (low + high) / 2
-        proved = margin_bound(model, x, y, eps.view(-1, 1, 1, 1), method, batch_size=len(x)) > 0
+        proved = margin_bound(model, x, y, eps.view(-1, 1, 1, 1), method, batch_size=max(1, len(x))) > 0
         low, high = torch.where(proved, eps, low), torch.where(proved, high, eps)
     return low
 
@@ -82,6 +95,11 @@ def lipschitz_radius(logits, y, constant):
 
     Source: Tsuzuku, Sato, Sugiyama, NeurIPS 2018, arXiv:1802.04034, proposition 1.
     """
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise ValueError(f"logits must be a Tensor (N, classes), got {shown(getattr(logits, 'shape', logits))}")
+    labels(y, *logits.shape)
+    if not isinstance(constant, torch.Tensor) and constant != math.inf:
+        number(constant, "constant", above=0)
     own = logits.gather(1, y[:, None])[:, 0]
     best = logits.scatter(1, y[:, None], -math.inf).amax(1)
     return ((own - best) / (math.sqrt(2) * constant)).clamp_min(0)
@@ -106,14 +124,24 @@ class Smoothed:
     alpha: float = 0.001
     batch_size: int = 1024
 
+    def __post_init__(self):
+        instance(self.model, nn.Module, "model")
+        number(self.sigma, "sigma", above=0)
+        if not number(self.alpha, "alpha", above=0) < 1:
+            raise ValueError(f"alpha must be a probability below 1, got {self.alpha}")
+        count(self.batch_size, "batch_size")
+
     @torch.no_grad()
     def votes(self, image, n, generator=None):
         """How often each class wins among n noisy copies of one image (C, H, W); int64 (classes,)."""
+        images(image, dims=3)
+        count(n, "n")
         with still(self.model):
             counts = 0
             for size in [self.batch_size] * (n // self.batch_size) + [n % self.batch_size] * (n % self.batch_size > 0):
                 noise = torch.randn(size, *image.shape, device=image.device, generator=generator)
-                logits = self.model(image + self.sigma * noise)
+                with forward(image[None]):
+                    logits = self.model(image + self.sigma * noise)
                 counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
         return counts
 
@@ -135,4 +163,7 @@ class Smoothed:
 
 def lower_confidence(successes, n, alpha):
     """One-sided Clopper-Pearson bound: with probability 1 - alpha the true rate is at least this."""
+    count(n, "n")
+    count(successes, "successes", low=0, high=n)
+    number(alpha, "alpha", above=0, high=1)
     return float(beta.ppf(alpha, successes, n - successes + 1)) if successes else 0.0

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import nn
 
+from ..checks import count, instance, number, pick, shown
 from .gaussian import grid_mixture
 from .grid import Grid, points
 from .kernels import KERNELS, default_bandwidth, ridge_coefficients, second_moment
@@ -77,17 +78,18 @@ class KAF(nn.Module):
         ridge=1e-6,
     ):
         super().__init__()
-        if channels < 1 or dictionary_size < 2:
-            raise ValueError(f"KAF needs channels >= 1 and dictionary_size >= 2, got {channels} and {dictionary_size}")
-        if not (boundary > 0 and math.isfinite(boundary)):
-            raise ValueError(f"KAF needs a finite boundary > 0, got {boundary}")
-        kernels = (kernel,) if isinstance(kernel, str) else tuple(kernel)
-        if not kernels or not set(kernels) <= set(KERNELS):
+        count(channels, "KAF channels")
+        count(dictionary_size, "KAF dictionary_size", low=2)
+        number(boundary, "KAF boundary", above=0)
+        number(ridge, "KAF ridge", low=0)
+        kernels = (kernel,) if isinstance(kernel, str) else tuple(instance(kernel, list | tuple, "KAF kernel"))
+        if not kernels:
             raise ValueError(f"KAF kernel must be one or several of {', '.join(KERNELS)}, got {kernel!r}")
+        for one in kernels:
+            pick(KERNELS, one, "KAF kernel")
         if bandwidth is None:
             bandwidth = default_bandwidth(dictionary_size, boundary)
-        if not (bandwidth > 0 and math.isfinite(bandwidth)):
-            raise ValueError(f"KAF needs a finite bandwidth > 0, got {bandwidth}")
+        number(bandwidth, "KAF bandwidth", above=0)
         self.channels, self.boundary, self.kernels = channels, boundary, kernels
         # of a fixed dictionary plain numbers, so that they are exact in every type the layer is moved to
         self.grid = Grid(dictionary_size, -boundary, 2 * boundary / (dictionary_size - 1), float(bandwidth))
@@ -108,11 +110,9 @@ class KAF(nn.Module):
         if init == "unit":
             return torch.randn(shape) / math.sqrt(second_moment(dictionary, bandwidth, self.kernels))
         if isinstance(init, str):
-            if init not in RIDGE_TARGETS:
-                raise ValueError(
-                    f"KAF init must be None, 'unit', a function or one of {sorted(RIDGE_TARGETS)}, got {init!r}"
-                )
-            init = RIDGE_TARGETS[init]
+            init = pick(RIDGE_TARGETS | {"unit": None}, init, "KAF init")
+        if not callable(init):
+            raise TypeError(f"KAF init must be None, a name or a function on tensors, got {shown(init)}")
         alpha = ridge_coefficients(init, dictionary, bandwidth, ridge, self.kernels)
         return alpha.to(torch.get_default_dtype()).repeat(self.channels, 1)
 
@@ -131,6 +131,8 @@ class KAF(nn.Module):
         return self.log_bandwidth.exp() if self.grid is None else self.alpha.new_full((1,), self.grid.gamma)
 
     def forward(self, x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise TypeError(f"KAF needs a Tensor of floating-point numbers, got {shown(getattr(x, 'dtype', x))}")
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise ValueError(f"KAF of {self.channels} channels needs (N, {self.channels}, *), got {tuple(x.shape)}")
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from .local import check_ball, dual
+from ..checks import forward, labels
+from .local import check_ball, check_images, dual
 from .maps import expand, linear_map, through
 from .units import ranges
 
@@ -108,6 +109,10 @@ def local_bound(model, x, y, *, eps, norm="linf"):
         0 in column y.
     """
     check_ball(norm, eps)
+    check_images(model, x)
+    with torch.no_grad(), forward(x):
+        classes = copy.deepcopy(model).eval()(x[:1]).shape[1]
+    labels(y, len(x), classes)
     net = copy.deepcopy(model).double().eval().requires_grad_(False)
     x, tape = x.double(), []
     with torch.no_grad():

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from ..checks import count, number, shown
+
 _S3 = math.sqrt((3 - math.sqrt(6)) / 2)  # where |d^3/ds^3 exp(-s^2)| is largest
 # sup of exp(-s^2) and of its first four derivatives
 SUPREMA = (1.0, math.sqrt(2 / math.e), 2.0, (12 * _S3 - 8 * _S3**3) * math.exp(-(_S3**2)), 12.0)
@@ -20,6 +22,8 @@ ROUNDING = 1e-14  # of a sum of kernels, as a share of sum |alpha_i| times the d
 
 def _float64(kaf):
     """alpha (C, D), points (C, D), gamma (C,) in float64, detached."""
+    if not (hasattr(kaf, "alpha") and hasattr(kaf, "kernels")):
+        raise TypeError(f"a KAF is needed, got {shown(kaf)}")
     if kaf.kernels != ("gaussian",):
         raise ValueError(f"Lipschitz constants are for KAFs with one Gaussian kernel, got {kaf.kernels}")
     alpha = kaf.alpha.detach().double()
@@ -90,6 +94,9 @@ def kaf_constant(kaf, tolerance=1e-3, cells=64, rounds=24):
     ValueError
         For kernels other than one Gaussian, or coefficients that are not finite.
     """
+    number(tolerance, "tolerance", above=0)
+    count(cells, "cells")
+    count(rounds, "rounds")
     alpha, points, gamma = _float64(kaf)
     suprema = _suprema(alpha, gamma)
     slack = ROUNDING * (suprema[1] + suprema[2] * gamma.rsqrt())

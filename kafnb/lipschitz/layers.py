@@ -9,6 +9,7 @@ import typing
 import torch
 from torch import nn
 
+from ..checks import count, number
 from .maps import linear_map
 
 METHODS = ("power", "svd", "fourier", "certified")
@@ -93,6 +94,8 @@ def spectral_norm(layer, input_shape=None, method="power", *, scale=None, iterat
         raise ValueError("spectral_norm method 'fourier' is for convolutions: use 'svd' for a dense layer")
     if convolution and (input_shape is None or len(input_shape) != 3):
         raise ValueError(f"the norm of a convolution needs input_shape (C, H, W), got {input_shape}")
+    count(iterations, "iterations")
+    number(tolerance, "tolerance", above=0)
     with torch.no_grad():
         apply, transpose, weight = linear_map(layer, input_shape, scale)
         shape = tuple(input_shape) if convolution else (layer.in_features,)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from .. import checks
 from ..attacks import NORMS, project, random_delta, still
 
 
@@ -23,10 +24,14 @@ def dual(g, norm):
 
 
 def check_ball(norm, eps):
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps must be finite and >= 0, in pixel units of [0, 1], got {eps}")
+    checks.pick(NORMS, norm, "norm")
+    checks.radius(eps)
+
+
+def check_images(model, x, box=True):
+    checks.instance(model, torch.nn.Module, "model")
+    if len(checks.images(x, box=box)) == 0:
+        raise ValueError("at least one image is needed, got none")
 
 
 def gradient_norms(model, x, y, *, eps=0.0, norm="linf", samples=0, seed=0):
@@ -46,13 +51,19 @@ def gradient_norms(model, x, y, *, eps=0.0, norm="linf", samples=0, seed=0):
         0 in column y. A lower bound of the local Lipschitz constant.
     """
     check_ball(norm, eps)
+    check_images(model, x)
+    checks.labels(y, len(x))
+    checks.count(samples, "samples", low=0)
+    checks.seed(seed)
     best = None
     with still(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for i in range(samples + 1):
             z = (project(x, random_delta(x, eps, norm), eps, norm) if i else x).detach().requires_grad_()
             with torch.enable_grad():
-                logits = model(z)
+                with checks.forward(z):
+                    logits = model(z)
+                checks.labels(y, classes=logits.shape[1])
                 top = logits.gather(1, y[:, None])
                 columns = [
                     dual(torch.autograd.grad((top[:, 0] - logits[:, j]).sum(), z, retain_graph=True)[0], norm)
@@ -69,10 +80,14 @@ def jacobian_norms(model, x, *, iterations=30, seed=0):
     Any of them, times 1 - rounding, is a lower bound of the network's global L2 constant. J v is had by
     differentiating J'u in u, so nothing of the Jacobian's size is built.
     """
+    check_images(model, x, box=False)
+    checks.count(iterations, "iterations")
+    checks.seed(seed)
     with still(model), torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         z = x.detach().requires_grad_()
-        logits = model(z)
+        with checks.forward(z):
+            logits = model(z)
         u = torch.zeros_like(logits, requires_grad=True)
         (pulled,) = torch.autograd.grad(logits, z, u, create_graph=True)  # J'u
         v = torch.randn_like(x)
@@ -106,11 +121,17 @@ def clever(model, x, *, eps, norm="linf", batches=30, samples=16, seed=0):
     Source: Weng et al., ICLR 2018, arXiv:1801.10578.
     """
     check_ball(norm, eps)
+    checks.images(x, dims=3)
+    check_images(model, x[None])
+    checks.count(batches, "batches", low=2)
+    checks.count(samples, "samples")
+    checks.seed(seed)
     points = x[None].expand(batches * samples, *x.shape)
     with torch.random.fork_rng(), still(model), torch.no_grad():
         torch.manual_seed(seed)
         points = project(points, random_delta(points, eps, norm), eps, norm)
-        logits = model(x[None])[0].double()
+        with checks.forward(x[None]):
+            logits = model(x[None])[0].double()
         y = logits.argmax()
     norms = gradient_norms(model, points, y.expand(len(points)), norm=norm).double()
     largest = norms.view(batches, samples, -1).amax(1).cpu().numpy()  # (batches, classes)
