@@ -28,7 +28,7 @@ bench: .venv/ready
 	  --benchmark-json=runs/benchmark.json
 
 lab: .venv/ready
-	$(RUN) -m jupyterlab --notebook-dir=notebooks
+	$(RUN) -m jupyterlab --ip=127.0.0.1 --notebook-dir=notebooks
 
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff && $(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # PyTorch imports it when first needed, and with it SymPy, which adds a warning filter
 from conftest import LONG
 
 import kafnb
