@@ -4,6 +4,8 @@ import re
 import shutil
 import subprocess
 
+import pandas as pd
+
 import kafnb
 from kafnb.notebooks import PROGRAMME, available
 from kafnb.paths import home
@@ -49,6 +51,15 @@ def test_commands_exist():
     for target in set(re.findall(r"(?m)^make (\w+)|`make (\w+)`", README)):
         name = "".join(target)
         assert re.search(rf"(?m)^{name}:", makefile), name
+
+
+def test_the_table_of_faults_is_the_measured_one():
+    """``make torture`` writes both; no fault in it may have cost anything."""
+    table = pd.read_csv(home() / "figures" / "benchmark" / "torture.csv")
+    text = (home() / "tests" / "torture" / "README.md").read_text()
+    rows = re.findall(r"(?m)^\| (.*?) \| ([\d,]+) \| (\d+) \| `(.*?)` \|$", text)
+    assert rows == [(r.fault, f"{r.tries:,}", str(r.losses), r.command) for r in table.itertuples()]
+    assert len(rows) >= 10 and (table.losses == 0).all() and table.commit.notna().all()
 
 
 def test_ci_runs_exactly_the_test_command():

@@ -26,7 +26,7 @@ def open_files():
 def test_many_experiments_in_one_process(home, tries, note):
     import matplotlib.pyplot as plt
 
-    notebook, n, sizes = kafnb.Session("99_soak", device="cpu"), tries(24, 200), {}
+    notebook, n, sizes = kafnb.Session("99_soak", device="cpu"), tries(12, 200), {}
     warm = n // 4  # caches fill, the allocator settles
     figures = set(plt.get_fignums())
     for seed in range(n):
