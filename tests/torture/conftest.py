@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from effort import LONG
 
 from kafnb import paths, provenance
 
-LONG = os.environ.get("KAFNB_TORTURE") == "long"
 _rows = {}
 
 

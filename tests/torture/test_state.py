@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # PyTorch imports it when first needed, and with it SymPy, which adds a warning filter
-from conftest import LONG
+from effort import LONG
 
 import kafnb
 from kafnb import attacks, certify, evaluate, gradients, lipschitz, meanfield, models, probes
