@@ -1,6 +1,6 @@
 # make figures   every notebook in profile quick, on CPU        make test   all checks, notebooks included
 # make lab       JupyterLab                                      make paper  profile paper, on a GPU
-# make bench     the KAF layer timed against others
+# make bench     the KAF layer timed against others           make torture  faults and bad input, the long form
 # make keep      figures, and store the outputs in notebooks/    make clean  all but results/ and data/
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 
-.PHONY: figures keep test bench lab paper lint clean
+.PHONY: figures keep test bench torture lab paper lint clean
 figures: .venv/ready
 	$(RUN) -m kafnb figures --profile quick
 
@@ -27,8 +27,11 @@ bench: .venv/ready
 	  --benchmark-timer=time.process_time --benchmark-columns=min,median,rounds --benchmark-sort=name \
 	  --benchmark-json=runs/benchmark.json
 
+torture: .venv/ready
+	KAFNB_TORTURE=long $(THREADS) $(RUN) -m pytest -p no:xdist -o addopts= tests/torture $(ARGS)
+
 lab: .venv/ready
-	$(RUN) -m jupyterlab --notebook-dir=notebooks
+	$(RUN) -m jupyterlab --ip=127.0.0.1 --notebook-dir=notebooks
 
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff && $(RUN) -m ruff check . && $(RUN) -m ruff format --check .

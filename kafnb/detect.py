@@ -67,6 +67,7 @@ class Detector:
             return self.both(x)[1]
 
 
+@torch.enable_grad()
 def joint_attack(detector, x, y, *, eps, step_size=None, steps=40, weight=1.0):
     """PGD on the model's loss minus ``weight`` times the detector's: images that are wrong and look clean.
 

@@ -41,6 +41,7 @@ def _nodes(equal):
     return x, (w / 2).repeat(20) * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
+@torch.enable_grad()
 def _chi(activation, channels=4096, seed=0):
     make = functools.partial(named_activation, activation) if isinstance(activation, str) else activation
     with torch.random.fork_rng(devices=[]):

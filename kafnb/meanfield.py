@@ -92,6 +92,7 @@ def _swap(block):
             setattr(block, name, _Squared(layer))
 
 
+@torch.enable_grad()
 def predict(activation, block="thesis", depth=56, image_size=16, *, width=16, samples=2048, seed=0):
     """Predicted norms of the gradient after each block of a ResNet at initialisation, relative to the last one.
 

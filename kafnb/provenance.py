@@ -5,6 +5,7 @@ import functools
 import hashlib
 import inspect
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def code_fingerprint(*modules):
 
 def _own_source(thing):
     """Source of a function or class that a user registered; its byte code where there is no source."""
-    defaults = repr(getattr(thing, "__defaults__", None))
+    defaults = re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(thing, "__defaults__", None)))
     try:
         return inspect.getsource(thing) + defaults
     except (OSError, TypeError):

@@ -77,6 +77,7 @@ def _check(model, data, recipe, seed, device):
     checks.device(device)
 
 
+@torch.enable_grad()
 def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=None, save=None):
     """Train ``model`` in place.
 
@@ -189,6 +190,7 @@ def _tracked(model, data, recipe):
     }
 
 
+@torch.enable_grad()
 def range_test(model, data, recipe, *, low=1e-4, high=10.0, steps=100, seed=0, device="cpu"):
     """Learning-rate range test: train while the rate grows geometrically, and record the loss of each step.
 

@@ -65,6 +65,15 @@ def test_commands_exist():
         assert re.search(rf"(?m)^{name}:", makefile), name
 
 
+def test_the_table_of_faults_is_the_measured_one():
+    """``make torture`` writes both; no fault in it may have cost anything."""
+    table = pd.read_csv(home() / "figures" / "benchmark" / "torture.csv")
+    text = (home() / "tests" / "torture" / "README.md").read_text()
+    rows = re.findall(r"(?m)^\| (.*?) \| ([\d,]+) \| (\d+) \| `(.*?)` \|$", text)
+    assert rows == [(r.fault, f"{r.tries:,}", str(r.losses), r.command) for r in table.itertuples()]
+    assert len(rows) >= 10 and (table.losses == 0).all() and table.commit.notna().all()
+
+
 def test_ci_runs_exactly_the_test_command():
     lines = (home() / ".ci" / "run").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#") and not line.startswith("set ")] == [

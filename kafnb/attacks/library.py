@@ -8,6 +8,7 @@ import contextlib
 import copy
 import logging
 import sys
+import warnings
 
 import torch
 
@@ -137,7 +138,8 @@ def _smallest(model, x, y, eps, find):
             right = (net(x).argmax(1) == y).nonzero()[:, 0]
         result = x.clone()
         if len(right):
-            adv = find(net, x[right], y[right]).to(x)
+            with torch.enable_grad():
+                adv = find(net, x[right], y[right]).to(x)
             inside = size(adv - x[right], "l2") <= eps
             result[right[inside]] = adv[inside]
     return result
@@ -167,7 +169,8 @@ def cw(model, x, y, *, eps, steps=100, searches=6, step_size=0.05, confidence=0.
     number(step_size, "step_size", above=0)
     number(confidence, "confidence", low=0)
     try:
-        import foolbox
+        with warnings.catch_warnings():  # libraries add filters of their own when they are imported
+            import foolbox
     except ImportError:
         raise ImportError("Carlini-Wagner needs foolbox: pip install 'kafnb[attacks]'") from None
     attack = foolbox.attacks.L2CarliniWagnerAttack(
@@ -188,8 +191,9 @@ def deepfool(model, x, y, *, eps, steps=50, overshoot=0.02):
     """
     count(steps, "steps")
     number(overshoot, "overshoot", low=0)
-    from art.attacks.evasion import DeepFool
-    from art.estimators.classification import PyTorchClassifier
+    with warnings.catch_warnings():
+        from art.attacks.evasion import DeepFool
+        from art.estimators.classification import PyTorchClassifier
 
     def find(net, x, y):
         with torch.no_grad():

@@ -131,7 +131,7 @@ class KAF(nn.Module):
         return self.log_bandwidth.exp() if self.grid is None else self.alpha.new_full((1,), self.grid.gamma)
 
     def forward(self, x):
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        if not hasattr(x, "ndim") or (isinstance(x, torch.Tensor) and not x.is_floating_point()):
             raise TypeError(f"KAF needs a Tensor of floating-point numbers, got {shown(getattr(x, 'dtype', x))}")
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise ValueError(f"KAF of {self.channels} channels needs (N, {self.channels}, *), got {tuple(x.shape)}")

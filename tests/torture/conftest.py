@@ -3,13 +3,14 @@
 import datetime
 import os
 import platform
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from effort import LONG
 
 from kafnb import paths, provenance
 
-LONG = os.environ.get("KAFNB_TORTURE") == "long"
 _rows = {}
 
 
@@ -54,3 +55,13 @@ def pytest_sessionfinish(session):
     rows |= {fault: row | where for fault, row in _rows.items()}
     table = pd.DataFrame([rows[fault] for fault in sorted(rows)])
     paths.write_atomically(path, lambda p: table.to_csv(p, index=False, lineterminator="\n"))
+    readme = Path(__file__).with_name("README.md")
+    begin, end = "<!-- table: written by make torture -->\n", "<!-- end of table -->"
+    head, tail = readme.read_text().split(begin)[0], readme.read_text().split(end)[1]
+    paths.write_atomically(readme, lambda p: p.write_text(head + begin + as_markdown(table) + end + tail))
+
+
+def as_markdown(table):
+    """The rows of the table for readers."""
+    rows = [f"| {r.fault} | {r.tries:,} | {r.losses} | `{r.command}` |" for r in table.itertuples()]
+    return "\n".join(["| fault | tries | losses | repeat with |", "|---|---|---|---|", *rows]) + "\n"

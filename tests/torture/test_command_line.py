@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from conftest import LONG
+from effort import LONG
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_input import cases

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LONG
+from effort import LONG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
