@@ -19,6 +19,8 @@ def _parser():
     figures.add_argument("--device", default="auto", help="auto, cpu or cuda")
     figures.add_argument("--data-root", metavar="PATH", help="where CIFAR-10 is, or a train/, test/ image tree")
     figures.add_argument("--jobs", type=int, help="notebooks at a time (default: one a core on CPU)")
+    figures.add_argument("--engine", default="local", help="where models train: local, processes or ray")
+    figures.add_argument("--address", help="of a running Ray cluster (default: one is started on this machine)")
     figures.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (profile quick)")
     return parser
 
@@ -38,8 +40,10 @@ def main(argv=None):
             if not Path(args.data_root).is_dir():
                 raise ValueError(f"--data-root: no folder {args.data_root}")
             args.data_root = Path(args.data_root).resolve()
-        outcomes = run_notebooks(args.profile, args.only, args.seed, args.device, args.data_root, args.jobs)
-    except (ValueError, FileNotFoundError) as error:
+        outcomes = run_notebooks(
+            args.profile, args.only, args.seed, args.device, args.data_root, args.jobs, args.engine, args.address
+        )
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"kafnb: {error}", file=sys.stderr)
         return 2
     failed = [o for o in outcomes if o.error]

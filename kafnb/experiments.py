@@ -10,12 +10,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import models
+from . import engines, models
 from .data import load_data
 from .evaluate import Score
 from .evaluations import CLEAN
 from .provenance import device_name, provenance
-from .recipe import Recipe
+from .recipe import Recipe, epochs_of
 from .store import Folder, default_store, key_of
 from .training import fit
 
@@ -83,16 +83,22 @@ def _finished(folder, data):
     return True
 
 
-def _trained(folder, experiment, data, device, progress):
+def _trained(folder, experiment, data, device, progress, report=None):
     """Load, resume or train; the model on ``device`` in eval mode."""
     model = experiment.build(data).to(device)
     if _finished(folder, data):
         model.load_state_dict(folder.read_weights())
         return model.eval()
     started = time.perf_counter()
+
+    def save(state):
+        folder.write_checkpoint(state)
+        if report:
+            report(len(state["history"]), epochs_of(experiment.recipe))
+
     history = fit(
         model, data, experiment.recipe, seed=experiment.seed, device=device,
-        progress=progress, resume=folder.read_checkpoint(device), save=folder.write_checkpoint,
+        progress=progress, resume=folder.read_checkpoint(device), save=save,
     )  # fmt: skip
     folder.write_weights(model)
     folder.write_table("history.csv", history)
@@ -108,9 +114,12 @@ def _trained(folder, experiment, data, device, progress):
     return model
 
 
+def _evaluation_file(evaluation):
+    return f"evaluation-{evaluation.name.split(' ')[0].lower()}-{key_of(evaluation)}.csv"
+
+
 def _score(folder, evaluation, model, data):
-    slug = evaluation.name.split(" ")[0].lower()
-    name = f"evaluation-{slug}-{key_of(evaluation)}.csv"
+    name = _evaluation_file(evaluation)
     if folder.has(name):
         correct = folder.read_table(name)["correct"].to_numpy(bool)
         return Score(correct, "none" if evaluation.attack == "none" else evaluation.labels)
@@ -122,7 +131,31 @@ def _score(folder, evaluation, model, data):
     return score
 
 
-def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=False, store=None):
+def measure(experiment, evaluations, *, store, data_root=None, device="cpu", progress=False, report=None):
+    """Train or load one experiment, under its lock: (evaluation, Score) of clean accuracy and each evaluation.
+
+    ``report(done, total)`` is called after each epoch.
+    """
+    data, folder = load_data(experiment.data, data_root), Folder(Path(store) / experiment.name)
+    with folder.lock():
+        train = functools.partial(_trained, folder, experiment, data, device, progress, report)
+        model = functools.cache(train)
+        if not _finished(folder, data):
+            model()
+        return [(e, _score(folder, e, model, data)) for e in (CLEAN, *evaluations)]
+
+
+def _measured(experiment, evaluations, store, data_root):
+    """True if ``measure`` would only read."""
+    folder = Folder(store / experiment.name)
+    files = [_evaluation_file(e) for e in (CLEAN, *evaluations)]
+    return all(map(folder.has, files)) and _finished(folder, load_data(experiment.data, data_root))
+
+
+def run(
+    experiments, evaluations=(), *, data_root=None, device="cpu", progress=False, store=None,
+    engine="local", workers=None, threads=None, address=None,
+):  # fmt: skip
     """Train or load each experiment and measure it.
 
     Parameters
@@ -132,8 +165,19 @@ def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=F
         Besides clean accuracy on all test images, which always comes first.
     data_root : path, optional
         Where cifar10 is kept.
+    device : str
+        "cpu", "cuda" or "auto".
     store : path, optional
         Default ``results/`` in the checkout.
+    engine : {"local", "processes", "ray"}
+        Where what is not in the store yet is computed: here, one after the other; in several processes of this machine;
+        on a Ray cluster (``pip install 'kafnb[ray]'``). The results come into the one store.
+    workers : int, optional
+        Experiments at a time of "processes", and of a Ray cluster started here; default the number of cores.
+    threads : int, optional
+        Of each worker; default an equal share of the cores for "processes", 1 for "ray".
+    address : str, optional
+        Of a running Ray cluster, e.g. "auto" or "10.0.0.1:6379"; without one, it is started on this machine.
 
     Returns
     -------
@@ -142,25 +186,29 @@ def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=F
         and ``correct``, the boolean of each test image.
     """
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
-    store, rows = Path(store or default_store()), []
+    store, rows, spread = Path(store or default_store()), [], engines.check(engine)
+    evaluations = tuple(evaluations)
+    if spread:  # of equal experiments one, and nothing for what is there
+        new = [e for e in dict.fromkeys(experiments) if not _measured(e, evaluations, store, data_root)]
+        where = dict(store=store, data_root=data_root, device=device, progress=progress)
+        if new:
+            spread(measure, new, evaluations, **where, workers=workers, threads=threads, address=address)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     for experiment in tqdm(experiments, unit="model", leave=False, disable=not progress):
-        data = load_data(experiment.data, data_root)
-        folder = Folder(store / experiment.name)
-        with folder.lock():
-            model = functools.cache(functools.partial(_trained, folder, experiment, data, device, progress))
-            if not _finished(folder, data):
-                model()
-            for evaluation in [CLEAN, *evaluations]:
-                score = _score(folder, evaluation, model, data)
-                low, high = score.interval
-                rows.append(
-                    dict(
-                        data=experiment.data, model=experiment.model, activation=experiment.activation,
-                        method=experiment.recipe.method, seed=experiment.seed, metric=evaluation.name,
-                        labels=score.labels, rate=score.rate, low=low, high=high, n=score.n,
-                        correct=score.correct, experiment=experiment.key,
-                    )
-                )  # fmt: skip
+        scores = measure(
+            experiment, evaluations, store=store, data_root=data_root, device=device, progress=progress
+        )  # fmt: skip
+        for evaluation, score in scores:
+            low, high = score.interval
+            rows.append(
+                dict(
+                    data=experiment.data, model=experiment.model, activation=experiment.activation,
+                    method=experiment.recipe.method, seed=experiment.seed, metric=evaluation.name,
+                    labels=score.labels, rate=score.rate, low=low, high=high, n=score.n,
+                    correct=score.correct, experiment=experiment.key,
+                )
+            )  # fmt: skip
     return pd.DataFrame(rows)
 
 

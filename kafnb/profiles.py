@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import experiments, figures, thesis
+from . import engines, experiments, figures, thesis
 from .data import load_data
 from .evaluations import Evaluation
 from .paths import home
@@ -141,13 +141,22 @@ class Session:
         Its file name without suffix; figures are named after it.
     profile, seed, device, data_root
         The notebook's parameters.
+    engine, address : str, optional
+        Of ``kafnb.run``; default the environment's KAFNB_ENGINE and KAFNB_ADDRESS (what ``python -m kafnb figures
+        --engine ray --address ...`` sets), else "local". With "ray" the GPU may be the cluster's alone.
     """
 
-    def __init__(self, notebook, profile="quick", seed=0, device="auto", data_root=None):
+    def __init__(
+        self, notebook, profile="quick", seed=0, device="auto", data_root=None, engine=None, address=None
+    ):  # fmt: skip
         if profile not in PROFILES:
             raise ValueError(f"profile must be one of {tuple(PROFILES)}, got {profile!r}")
         self.notebook, self.profile, self.seed = notebook, PROFILES[profile], int(seed)
-        self.device = resolve_device(device, self.profile.needs_gpu)
+        self.engine = engine or os.environ.get("KAFNB_ENGINE") or "local"
+        self.address = address or os.environ.get("KAFNB_ADDRESS") or None
+        engines.check(self.engine)
+        self.device = resolve_device(device, self.profile.needs_gpu and self.engine != "ray")
+        self.workers_device = "auto" if (self.engine, device) == ("ray", "auto") else self.device
         self.data_root = data_root
         self.data_spec = resolve_data(self.profile, data_root)
         self.progress = os.environ.get("KAFNB_PROGRESS", "1") == "1" and sys.stderr is not None
@@ -171,8 +180,9 @@ class Session:
         return dict(data_root=self.data_root, device=self.device, progress=self.progress)
 
     def run(self, runs, evaluations=()):
-        """``kafnb.run`` on this session's device and store."""
-        return experiments.run(runs, evaluations, **self._where())
+        """``kafnb.run`` on this session's engine, device and store."""
+        where = self._where() | dict(device=self.workers_device, engine=self.engine, address=self.address)
+        return experiments.run(runs, evaluations, **where)
 
     def load(self, experiment):
         """``kafnb.load`` on this session's device and store."""

@@ -140,6 +140,14 @@ class Folder:
         for name in names:
             (self.path / name).unlink(missing_ok=True)
 
+    def get_all(self):
+        """name -> bytes of every listed, undamaged file: what a machine without this folder needs to go on."""
+        return {name: (self.path / name).read_bytes() for name in self._sums() if self.has(name)}
+
+    def put_all(self, files):
+        for name, content in files.items():
+            self.write(name, lambda p, content=content: p.write_bytes(content))
+
 
 def default_store():
     return home() / "results"
