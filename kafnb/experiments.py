@@ -83,7 +83,7 @@ def _finished(folder, data):
     return True
 
 
-def _trained(folder, experiment, data, device, progress, report=None):
+def _trained(folder, experiment, data, device, progress, report=None, fit=fit):
     """Load, resume or train; the model on ``device`` in eval mode."""
     model = experiment.build(data).to(device)
     if _finished(folder, data):
