@@ -19,6 +19,8 @@ def _parser():
     figures.add_argument("--device", default="auto", help="auto, cpu or cuda")
     figures.add_argument("--data-root", metavar="PATH", help="where CIFAR-10 is, or a train/, test/ image tree")
     figures.add_argument("--jobs", type=_whole, help="notebooks at a time (default: one a core on CPU)")
+    figures.add_argument("--engine", default="local", help="where models train: local, processes or ray")
+    figures.add_argument("--address", help="of a running Ray cluster (default: one is started on this machine)")
     figures.add_argument("--dry-run", action="store_true", help="the same cells on few images, kept apart in runs/dry/")
     figures.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (profile quick)")
     return parser
@@ -53,11 +55,13 @@ def main(argv=None):
         if args.dry_run:
             args.data_root = dryrun.prepare()
             args.device = resolve_device(args.device)
-        outcomes = run_notebooks(args.profile, args.only, args.seed, args.device, args.data_root, args.jobs)
+        outcomes = run_notebooks(
+            args.profile, args.only, args.seed, args.device, args.data_root, args.jobs, args.engine, args.address
+        )
         for o in outcomes:
             if args.keep and not o.error:
                 keep_outputs(o.name)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"kafnb: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     failed = [o for o in outcomes if o.error]

@@ -42,7 +42,9 @@ def activation(name, channels):
     Parameters
     ----------
     name : str
-        A key of ``ACTIVATIONS``; add your own with ``ACTIVATIONS["mine"] = factory``.
+        A key of ``ACTIVATIONS``; add your own with ``ACTIVATIONS["mine"] = factory``. Or a KAF of other kernels, as
+        "start:kernel" or "start:kernel+kernel": "unit:matern32", "elu:gaussian+laplacian", "unit:relu". The start is
+        ``KAF``'s ``init``; "unit" gives every kernel the same mean square at the start, which a common recipe needs.
     channels : int
         Size of dimension 1 of the layer's output.
 
@@ -52,4 +54,7 @@ def activation(name, channels):
         Unknown name; the message suggests the nearest. No channels.
     """
     count(channels, "channels")
+    start, colon, kernels = name.partition(":") if isinstance(name, str) else (name, "", "")
+    if colon:
+        return KAF(channels, kernel=tuple(kernels.split("+")), init=start)
     return pick(ACTIVATIONS, name, "activation")(channels)

@@ -11,16 +11,16 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from . import models
+from . import engines, models
 from .activations import ACTIVATIONS, activation
 from .checks import device as device_of
-from .checks import file_name, instance, pick, seed, shown
+from .checks import file_name, instance, seed, shown
 from .data import load_data
 from .evaluate import Score
 from .evaluations import CLEAN, Evaluation
 from .methods import METHODS
 from .provenance import code_fingerprint, code_of, device_name, provenance
-from .recipe import OPTIMIZERS, Recipe
+from .recipe import OPTIMIZERS, Recipe, epochs_of
 from .store import Folder, default_store, key_of
 from .training import fit
 
@@ -55,7 +55,8 @@ class Experiment:
     def __post_init__(self):
         instance(self.data, str, "data", ": 'digits', 'cifar10' or 'folder:PATH'")
         for field in ("model", "activation"):
-            file_name(getattr(self, field), field)
+            value = getattr(self, field)
+            file_name(value.replace(":", "-") if isinstance(value, str) else value, field)
         instance(self.recipe, Recipe, "recipe")
         object.__setattr__(self, "seed", seed(self.seed))
         pairs = self.options.items() if isinstance(self.options, dict) else self.options
@@ -73,7 +74,7 @@ class Experiment:
 
     @property
     def name(self):
-        return f"{self.model}-{self.activation}-{self.recipe.method}-s{self.seed}-{self.key}"
+        return f"{self.model}-{self.activation.replace(':', '-')}-{self.recipe.method}-s{self.seed}-{self.key}"
 
     def build(self, data):
         """A new model, initialised from ``seed``; the global generators are left as they were."""
@@ -90,7 +91,8 @@ def _code(experiment):
     with torch.random.fork_rng(devices=[]):
         parts = {type(m) for m in activation(experiment.activation, 8).modules()}
     own = [METHODS.get(experiment.recipe.method), OPTIMIZERS.get(experiment.recipe.optimizer)]
-    return code_of(("data", "models", "training"), [*parts, *own, ACTIVATIONS[experiment.activation]])
+    own += [ACTIVATIONS[experiment.activation]] * (experiment.activation in ACTIVATIONS)
+    return code_of(("data", "models", "training"), [*parts, *own])
 
 
 def _finished(folder, data, code):
@@ -116,15 +118,30 @@ def _loaded(folder, model):
     return True
 
 
-def _trained(folder, experiment, data, device, progress, finished=None):
-    """Load, resume or train; the model on ``device`` in eval mode. ``finished``: what ``_finished`` said, if asked."""
-    model, code = experiment.build(data).to(device), _code(experiment)
+def _origin(experiment, data):
+    """What a checkpoint must have been written with to be gone on from."""
+    return {"code": _code(experiment), "data": data.fingerprint}
+
+
+def _trained(folder, experiment, data, device, progress, finished=None, report=None, learn=None):
+    """Load, resume or train; the model on ``device`` in eval mode. ``finished``: what ``_finished`` said, if asked.
+
+    ``report(done, total)`` is called after each epoch; ``learn`` stands in for ``fit``.
+    """
+    model, origin = experiment.build(data).to(device), _origin(experiment, data)
+    code = origin["code"]
     if (_finished(folder, data, code) if finished is None else finished) and _loaded(folder, model):
         return model.eval()
-    started, origin = time.perf_counter(), {"code": code, "data": data.fingerprint}
-    history = fit(
+    started = time.perf_counter()
+
+    def save(state):
+        folder.write_checkpoint(state | origin)
+        if report:
+            report(len(state["history"]), epochs_of(experiment.recipe))
+
+    history = (learn or fit)(
         model, data, experiment.recipe, seed=experiment.seed, device=device, progress=progress,
-        resume=folder.read_checkpoint(**origin), save=lambda state: folder.write_checkpoint(state | origin),
+        resume=folder.read_checkpoint(**origin), save=save,
     )  # fmt: skip
     folder.write_weights(model)
     folder.write_table("history.csv", history)
@@ -140,6 +157,10 @@ def _trained(folder, experiment, data, device, progress, finished=None):
     folder.write_json("experiment.json", record | provenance())
     folder.drop(*folder.checkpoints())
     return model
+
+
+def _evaluation_file(evaluation):
+    return f"evaluation-{evaluation.name.split(' ')[0].lower()}-{key_of(evaluation)}.csv"
 
 
 def _stored(folder, name, labels, data, origin):
@@ -165,8 +186,7 @@ def _stored(folder, name, labels, data, origin):
 
 
 def _score(folder, evaluation, model, data):
-    slug = evaluation.name.split(" ")[0].lower()
-    name = f"evaluation-{slug}-{key_of(evaluation)}.csv"
+    name = _evaluation_file(evaluation)
     labels = "none" if evaluation.attack == "none" else evaluation.labels
     code = code_fingerprint("data", "evaluations", "models")
     if score := _stored(folder, name, labels, data, {"code": code, "weights": folder.digest("weights.safetensors")}):
@@ -183,12 +203,41 @@ def _score(folder, evaluation, model, data):
 def _check(experiment):
     """An experiment whose names are all known."""
     instance(experiment, Experiment, "experiments")
-    pick(ACTIVATIONS, experiment.activation, "activation")
+    with torch.random.fork_rng(devices=[]):
+        activation(experiment.activation, 8)
     models.maker(experiment.model)
     return experiment
 
 
-def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=False, store=None):
+def measure(experiment, evaluations, *, store, data_root=None, device="cpu", progress=False, report=None):
+    """Train or load one experiment, under its lock: (evaluation, Score) of clean accuracy and each evaluation.
+
+    ``report(done, total)`` is called after each epoch.
+    """
+    data, folder = load_data(experiment.data, data_root), Folder(Path(store) / experiment.name)
+    with folder.lock():
+        finished = _finished(folder, data, _code(experiment))
+        train = functools.partial(_trained, folder, experiment, data, device, progress, finished, report)
+        model = functools.cache(train)
+        if not finished:
+            model()
+        return [(e, _score(folder, e, model, data)) for e in (CLEAN, *evaluations)]
+
+
+def _measured(experiment, evaluations, store, data_root):
+    """True if ``measure`` would only read."""
+    folder, data = Folder(store / experiment.name), load_data(experiment.data, data_root)
+    if not folder.path.is_dir():
+        return False
+    files = [_evaluation_file(e) for e in (CLEAN, *evaluations)]
+    with folder.lock():
+        return all(map(folder.has, files)) and _finished(folder, data, _code(experiment))
+
+
+def run(
+    experiments, evaluations=(), *, data_root=None, device="cpu", progress=False, store=None,
+    engine="local", workers=None, threads=None, address=None,
+):  # fmt: skip
     """Train or load each experiment and measure it.
 
     Parameters
@@ -198,8 +247,19 @@ def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=F
         Besides clean accuracy on all test images, which always comes first.
     data_root : path, optional
         Where cifar10 is kept.
+    device : str
+        "cpu", "cuda" or "auto".
     store : path, optional
         Default ``results/`` in the checkout.
+    engine : {"local", "processes", "ray"}
+        Where what is not in the store yet is computed: here, one after the other; in several processes of this machine;
+        on a Ray cluster (``pip install 'kafnb[ray]'``). The results come into the one store.
+    workers : int, optional
+        Experiments at a time of "processes", and of a Ray cluster started here; default the number of cores.
+    threads : int, optional
+        Of each worker; default an equal share of the cores for "processes", 1 for "ray".
+    address : str, optional
+        Of a running Ray cluster, e.g. "auto" or "10.0.0.1:6379"; without one, it is started on this machine.
 
     Returns
     -------
@@ -215,32 +275,34 @@ def run(experiments, evaluations=(), *, data_root=None, device="cpu", progress=F
         The store cannot be written: one line. What was finished stays, and the next run goes on from there.
     """
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
-    evaluations = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
+    evaluations = (evaluations,) if isinstance(evaluations, Evaluation) else tuple(evaluations)
     for experiment in experiments:  # before hours of training: what is wrong with any of them
         _check(experiment)
     for evaluation in evaluations:
         instance(evaluation, Evaluation, "evaluations")
+    store, rows, spread = Path(store or default_store()), [], engines.check(engine)
+    if spread:  # of equal experiments one, and nothing for what is there
+        new = [e for e in dict.fromkeys(experiments) if not _measured(e, evaluations, store, data_root)]
+        where = dict(store=store, data_root=data_root, device=device, progress=progress)
+        if new:
+            spread(measure, new, evaluations, **where, workers=workers, threads=threads, address=address)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     device = device_of(device)
-    store, rows = Path(store or default_store()), []
     for experiment in tqdm(experiments, unit="model", leave=False, disable=not progress):
-        data = load_data(experiment.data, data_root)
-        folder = Folder(store / experiment.name)
-        with folder.lock():
-            finished = _finished(folder, data, _code(experiment))
-            model = functools.cache(functools.partial(_trained, folder, experiment, data, device, progress, finished))
-            if not finished:
-                model()
-            for evaluation in [CLEAN, *evaluations]:
-                score = _score(folder, evaluation, model, data)
-                low, high = score.interval
-                rows.append(
-                    dict(
-                        data=experiment.data, model=experiment.model, activation=experiment.activation,
-                        method=experiment.recipe.method, seed=experiment.seed, metric=evaluation.name,
-                        labels=score.labels, rate=score.rate, low=low, high=high, n=score.n,
-                        correct=score.correct, experiment=experiment.key,
-                    )
-                )  # fmt: skip
+        scores = measure(
+            experiment, evaluations, store=store, data_root=data_root, device=device, progress=progress
+        )  # fmt: skip
+        for evaluation, score in scores:
+            low, high = score.interval
+            rows.append(
+                dict(
+                    data=experiment.data, model=experiment.model, activation=experiment.activation,
+                    method=experiment.recipe.method, seed=experiment.seed, metric=evaluation.name,
+                    labels=score.labels, rate=score.rate, low=low, high=high, n=score.n,
+                    correct=score.correct, experiment=experiment.key,
+                )
+            )  # fmt: skip
     return pd.DataFrame(rows)
 
 

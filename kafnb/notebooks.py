@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from . import checks, findings
+from . import checks, engines, findings
 from .figures import read_manifest, update_manifest
 from .paths import home, write_atomically
 from .profiles import PROFILES, resolve_data, resolve_device
@@ -76,11 +76,11 @@ class Outcome:
     unmet: int = 0
 
 
-def _execute(name, profile, parameters, threads, position):
+def _execute(name, profile, parameters, environment, position):
     """Run one notebook in this process; its kernel is a process of its own."""
     import papermill
 
-    os.environ |= {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    os.environ |= environment  # the kernel inherits it
     source, target = home() / "notebooks" / f"{name}.ipynb", home() / "runs" / profile / f"{name}.ipynb"
     started, error, unmet = time.perf_counter(), "", 0
     bar = {"position": position, "desc": name, "leave": False, "disable": not sys.stderr.isatty()}
@@ -98,7 +98,9 @@ def _execute(name, profile, parameters, threads, position):
     return Outcome(name, time.perf_counter() - started, " ".join(error.split()), unmet)
 
 
-def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=None, jobs=None):
+def run_notebooks(
+    profile="quick", only=(), seed=0, device="auto", data_root=None, jobs=None, engine="local", address=None
+):  # fmt: skip
     """Execute notebooks into runs/<profile>/, their figures into figures/<profile>/.
 
     Goes on after a notebook that fails. Running times go into the manifest, apart for a store that was empty at
@@ -107,7 +109,10 @@ def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=Non
     Parameters
     ----------
     jobs : int, optional
-        Notebooks at a time, each on an equal share of the cores; default one a core on CPU, 1 on a GPU.
+        Notebooks at a time, each on an equal share of the cores; default one a core on CPU, 1 on a GPU and for an
+        engine that uses all of this machine.
+    engine, address : str
+        Of ``kafnb.run``, for all experiments of the notebooks.
 
     Returns
     -------
@@ -117,22 +122,27 @@ def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=Non
     checks.seed(seed)
     checks.count(jobs, "jobs", optional=True)
     names, cores = select(only), os.cpu_count() or 1
-    device = resolve_device(device, PROFILES[profile].needs_gpu)
+    engines.check(engine)
+    resolved = resolve_device(device, PROFILES[profile].needs_gpu and engine != "ray")
+    device = device if engine == "ray" else resolved  # a cluster has its own
     resolve_data(PROFILES[profile], data_root)
-    jobs = min(len(names), jobs or (cores if device == "cpu" else 1)) or 1
+    many = resolved == "cpu" and (engine == "local" or address)
+    jobs = min(len(names), jobs or (cores if many else 1)) or 1
     parameters = dict(profile=profile, seed=seed, device=device, data_root=str(data_root) if data_root else None)
     store = home() / "results"
     manifest = read_manifest(home() / "figures" / profile).get("notebooks", {})
     names.sort(key=lambda n: -manifest.get(n, {}).get("seconds_from_nothing", 0))  # the longest first
     kind = "seconds" if store.is_dir() and any(store.glob("*/SHA256SUMS")) else "seconds_from_nothing"
+    threads = str(max(1, cores // jobs))
+    environment = {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    environment |= {"KAFNB_ENGINE": engine, "KAFNB_ADDRESS": address or ""}
     outcomes, context = [], multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(jobs, mp_context=context) as pool,
         tqdm(total=len(names), desc=f"{profile} notebooks", unit="notebook", position=0) as bar,
     ):
         futures = [
-            pool.submit(_execute, n, profile, parameters, max(1, cores // jobs), 1 + i % jobs)
-            for i, n in enumerate(names)
+            pool.submit(_execute, n, profile, parameters, environment, 1 + i % jobs) for i, n in enumerate(names)
         ]
         for future in as_completed(futures):
             outcome = future.result()

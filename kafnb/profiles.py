@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import experiments, figures, models, thesis
+from . import engines, experiments, figures, models, thesis
 from .checks import file_name, pick
 from .checks import seed as checked_seed
 from .data import load_data
@@ -147,15 +147,24 @@ class Session:
         Its file name without suffix; figures are named after it.
     profile, seed, device, data_root
         The notebook's parameters.
+    engine, address : str, optional
+        Of ``kafnb.run``; default the environment's KAFNB_ENGINE and KAFNB_ADDRESS (what ``python -m kafnb figures
+        --engine ray --address ...`` sets), else "local". With "ray" the GPU may be the cluster's alone.
     """
 
-    def __init__(self, notebook, profile="quick", seed=0, device="auto", data_root=None):
+    def __init__(
+        self, notebook, profile="quick", seed=0, device="auto", data_root=None, engine=None, address=None
+    ):  # fmt: skip
         if not isinstance(profile, str) or profile not in PROFILES:
             raise ValueError(f"profile must be one of {tuple(PROFILES)}, got {profile!r}")
         seed = checked_seed(int(seed) if isinstance(seed, str) and re.fullmatch(r"-?\d{1,12}", seed) else seed)
         self.notebook, self.profile = file_name(notebook, "notebook"), shorten(PROFILES[profile])
         self.seed = seed
-        self.device = resolve_device(device, self.profile.needs_gpu)
+        self.engine = engine or os.environ.get("KAFNB_ENGINE") or "local"
+        self.address = address or os.environ.get("KAFNB_ADDRESS") or None
+        engines.check(self.engine)
+        self.device = resolve_device(device, self.profile.needs_gpu and self.engine != "ray")
+        self.workers_device = "auto" if (self.engine, device) == ("ray", "auto") else self.device
         self.data_root = data_root
         self.data_spec = resolve_data(self.profile, data_root)
         self.progress = os.environ.get("KAFNB_PROGRESS", "1") == "1" and sys.stderr is not None
@@ -180,8 +189,9 @@ class Session:
         return dict(data_root=self.data_root, device=self.device, progress=self.progress)
 
     def run(self, runs, evaluations=()):
-        """``kafnb.run`` on this session's device and store."""
-        return experiments.run(runs, [shorten(e) for e in evaluations], **self._where())
+        """``kafnb.run`` on this session's engine, device and store."""
+        where = self._where() | dict(device=self.workers_device, engine=self.engine, address=self.address)
+        return experiments.run(runs, [shorten(e) for e in evaluations], **where)
 
     def load(self, experiment):
         """``kafnb.load`` on this session's device and store."""

@@ -245,6 +245,14 @@ class Folder:
             gone = {n for n in sums if n.startswith("checkpoint-") and not (self.path / n).exists()}
             self._write_sums({n: d for n, d in sums.items() if n not in gone | set(names)})
 
+    def get_all(self):
+        """name -> bytes of every listed, undamaged file: what a machine without this folder needs to go on."""
+        return {name: (self.path / name).read_bytes() for name in self._sums() if self.has(name)}
+
+    def put_all(self, files):
+        for name, content in files.items():
+            self.write(name, lambda p, content=content: p.write_bytes(content))
+
 
 def default_store():
     return home() / "results"

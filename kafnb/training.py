@@ -78,7 +78,9 @@ def _check(model, data, recipe, seed, device):
 
 
 @torch.enable_grad()
-def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=None, save=None):
+def fit(
+    model, data, recipe, *, seed=0, device="cpu", progress=False, resume=None, save=None, epoch=_epoch
+):  # fmt: skip
     """Train ``model`` in place.
 
     Every epoch starts from its own seed, (seed, epoch), so a run that was stopped and resumed draws the same
@@ -92,6 +94,8 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
         A state that ``save`` was given.
     save : callable, optional
         Called after each epoch with the whole state: model, optimiser, epoch, history.
+    epoch : callable
+        In place of ``_epoch``; ``distributed`` has one for several processes.
 
     Returns
     -------
@@ -139,7 +143,7 @@ def fit(model, data, recipe, *, seed=0, device="cpu", progress=False, resume=Non
                 layer.ratio = kwta_ratio(len(history), epochs, recipe.kwta_start, own)
             reason = "the loss is not finite"
             try:
-                for values in _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done):
+                for values in epoch(model, x, y, optimizer, scaler, recipe, lr_at, done):
                     sums = [a + b for a, b in zip(sums, values, strict=True)]
                 loss = float(sums[0]) / sums[2]
             except Diverged as diverged:
