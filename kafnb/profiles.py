@@ -199,11 +199,14 @@ class Session:
                 folder.write_table("table.csv", computed)
             return folder.read_table("table.csv")
 
-    def save(self, figure, name, table):
-        """Write figures/<profile>/<notebook>_<name>.png, the numbers drawn as .csv, and its line in the manifest."""
+    def save(self, figure, name, table, alt=None):
+        """Write figures/<profile>/<notebook>_<name>.png, the numbers drawn as .csv, and its line in the manifest.
+
+        ``alt``: the picture in words, where those that are read from it will not do.
+        """
         figures.save_figure(
             figure, f"{self.notebook}_{name}", table, home() / "figures" / self.profile.name,
-            notebook=self.notebook, profile=self.profile.name, data=self.data.name, seed=self.seed,
+            alt=alt, notebook=self.notebook, profile=self.profile.name, data=self.data.name, seed=self.seed,
             device=device_name(self.device), **provenance(),
         )  # fmt: skip
 
