@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .figures import read_manifest, update_manifest
 from .paths import home, write_atomically
+from .poster import save_poster
 from .profiles import PROFILES, resolve_data, resolve_device
 from .widgets import VIEW
 
@@ -131,6 +132,7 @@ def run_notebooks(profile="quick", only=(), seed=0, device="auto", data_root=Non
             if not outcome.error:
                 entry = {kind: round(outcome.seconds), "jobs": jobs, "cores": cores}
                 update_manifest(home() / "figures" / profile, "notebooks", outcome.name, entry)
+    save_poster(profile)
     return sorted(outcomes, key=lambda o: o.name)
 
 
