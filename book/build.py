@@ -133,7 +133,8 @@ def reference():
     names = ["kafnb", *found]
     (SOURCE / "modules").mkdir()
     for name in names:
-        page = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n   :ignore-module-all:\n   :show-inheritance:\n"
+        options = "   :members:\n   :ignore-module-all:\n   :show-inheritance:\n"
+        page = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n{options}"
         (SOURCE / "modules" / f"{name}.rst").write_text(page)
     title = "Reference\n=========\n\nEvery module, from its docstrings; :mod:`kafnb` has the order of the story.\n\n"
     table = ".. autosummary::\n\n" + "".join(f"   {name}\n" for name in names)

@@ -48,7 +48,7 @@ def _escape(app, what, name, obj, options, lines):
     """Docstrings are written to be read in the source: |f'(x)|, (N, C, *). Escape what is no markup in them."""
     formula = False
     for i, line in enumerate(lines):
-        formula = line.lstrip().startswith(".. math::") or formula and (not line.strip() or line.startswith(" "))
+        formula = line.lstrip().startswith(".. math::") or (formula and (not line.strip() or line.startswith(" ")))
         if not formula:
             spans = re.split(r"(``.+?``|:\w+:`.+?`|(?<![\w*])\*{1,2}[A-Za-z][^*]*?\*{1,2}(?![\w*]))", line)
             spans[::2] = [re.sub(r"([*|]|``)", r"\\\1", s) for s in spans[::2]]
