@@ -75,11 +75,11 @@ def explore(view, **controls):
 
     try:
         rows = {name: _control(name, spec) for name, spec in controls.items()}
-        from ipywidgets import VBox
+        from ipywidgets import Box
     except ImportError:
         rows = {}
     if rows:
-        box = VBox(list(rows.values()))
+        box = Box(list(rows.values()), layout={"flex_flow": "row wrap"})
         text = f"sliders, when run in JupyterLab: {', '.join(controls)}"
         show.display(
             {VIEW: {"version_major": 2, "version_minor": 0, "model_id": box.model_id}, "text/plain": text}, raw=True

@@ -102,7 +102,9 @@ def test_moving_a_slider_replaces_the_picture(monkeypatch):
     screen, boxes = Screen(monkeypatch), []
     import ipywidgets
 
-    monkeypatch.setattr(ipywidgets, "VBox", lambda rows: boxes.append(rows) or type("Box", (), {"model_id": "1"}))
+    monkeypatch.setattr(
+        ipywidgets, "Box", lambda rows, **layout: boxes.append(rows) or type("Box", (), {"model_id": "1"})
+    )
     view = views.BendKaf()
     widgets.explore(view, target=["elu", "relu"], bandwidth=(0.1, 4.0, 1.0), alpha=widgets.Bank(20, -1.0, 1.0))
     sliders, picture = screen.shown
