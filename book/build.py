@@ -63,10 +63,14 @@ def number_equations(text, name, count):
 
 
 def words(name, manifest):
-    """Alternative text and caption of a figure."""
-    if not (alt := manifest.get(name, {}).get("alt")):
-        raise SystemExit(f"book: figure {name} has no alternative text: run its notebook (make keep) once more")
-    return alt, re.split(r"(?<=[^\d])\.\s", alt.removesuffix("."))[0].replace("*", r"\*").replace("_", r"\_")
+    """Alternative text and caption of a figure: what ``save_figure`` noted, or the names of its numbers."""
+    alt = manifest[name].get("alt")
+    if not alt:  # drawn before figures had words: its notebook has to run once more (make keep)
+        columns = (FIGURES / f"{name}.csv").read_text().split("\n", 1)[0].replace(",", ", ")[:300]
+        alt = f"{name.replace('_', ' ')}, drawn from {columns}."
+        print(f"book: figure {name} has no words of its own", file=sys.stderr)
+    title = re.sub(r"^\d+ panels\. ", "", alt.removesuffix("."))
+    return alt, re.sub(r"([*_$`])", r"\\\1", re.split(r"(?<=[^\d])\.\s", title)[0])
 
 
 def notebook(name, manifest, known):
@@ -164,6 +168,11 @@ def main():
     shutil.rmtree(SITE, ignore_errors=True)
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-n", SOURCE, SITE]
     done = subprocess.run(command + sys.argv[1:], cwd=ROOT)
+    for page in SITE.rglob("*.html"):  # Sphinx' headings in the sidebar lack the level that screen readers need
+        text = page.read_text()
+        page.write_text(
+            text.replace('class="caption" role="heading">', 'class="caption" role="heading" aria-level="2">')
+        )
     print(f"{SITE / 'index.html'}: {time.perf_counter() - start:.0f} s, exit status {done.returncode}")
     return done.returncode
 

@@ -37,6 +37,7 @@ html_css_files = ["book.css"]
 html_js_files = ["book.js"]
 html_show_sourcelink = False
 html_copy_source = False
+html_domain_indices = False
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 # which of Sphinx' versions loads MathJax differs; the path is that of the bundled files
 mathjax_path = "mathjax/tex-chtml.js"

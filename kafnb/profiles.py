@@ -216,5 +216,6 @@ class Session:
             f"profile {self.profile.name}: {self.data.name}, {len(self.data.x_train)} training images of "
             f"{self.data.in_channels}x{self.data.image_size}x{self.data.image_size}; attacks scored on {n} test "
             f"images; eps {self.profile.eps:.4g}; seed {self.seed}\n"
-            f"running time: {figures.measured(self.notebook, self.profile.name)}"
+            f"running time: {figures.measured(self.notebook, self.profile.name)}\n"
+            f"in profile paper, on a GPU: {figures.measured(self.notebook, 'paper')}"
         )
