@@ -113,5 +113,5 @@ def describe(figure):
     if len(panels) > 1:
         told = [f"{len(panels)} panels", *told]
     text = " ".join(t.rstrip(".") + "." for t in ([heading] if heading else []) + told)
-    text = text or f"A figure of {len(panels)} panels without labels."
+    text = text or "A figure without labels."
     return text if len(text) <= LIMIT else text[: LIMIT - 4].rsplit(" ", 1)[0] + " ..."
