@@ -1,6 +1,7 @@
 # make figures   every notebook in profile quick, on CPU        make test   all checks, notebooks included
 # make lab       JupyterLab                                      make paper  profile paper, on a GPU
-# make bench     the KAF layer timed against others           make torture  faults and bad input, the long form
+# make bench     the KAF layer timed against others              make torture  faults and bad input, the long form
+# make book      the notebooks as a site, build/book/            make test-browser  Lab and site in a real browser
 # make keep      figures, and store the outputs in notebooks/    make clean  all but results/ and data/
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN := .venv/bin/python
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 
-.PHONY: figures keep test bench torture lab paper lint clean
+.PHONY: figures keep test test-browser torture bench lab book paper lint clean
 figures: .venv/ready
 	$(RUN) -m kafnb figures --profile quick
 
@@ -33,6 +34,12 @@ torture: .venv/ready
 lab: .venv/ready
 	$(RUN) -m jupyterlab --ip=127.0.0.1 --notebook-dir=notebooks
 
+book: .venv/book
+	$(RUN) book/build.py
+
+test-browser: book
+	$(THREADS) $(RUN) -m pytest -m browser tests/test_browser.py
+
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff && $(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
@@ -41,6 +48,10 @@ lint: .venv/ready
 	  { echo "kafnb needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt -e .
+	@touch $@
+
+.venv/book: .venv/ready requirements-book.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-book.txt
 	@touch $@
 
 clean:

@@ -8,6 +8,7 @@ import pandas as pd
 from filelock import FileLock
 from matplotlib.figure import Figure
 
+from .alttext import describe
 from .checks import file_name, instance
 from .paths import home, write_atomically
 
@@ -56,14 +57,17 @@ def use_style():
     )  # fmt: skip
 
 
-def save_figure(figure, name, table, folder, **provenance):
-    """Write ``name``.png and .csv into ``folder`` and the provenance into its manifest.json.
+def save_figure(figure, name, table, folder, alt=None, **provenance):
+    """Write ``name``.png and .csv into ``folder``, the picture in words and the provenance into its manifest.json.
 
     Parameters
     ----------
     figure : matplotlib Figure
     table : DataFrame
         The numbers drawn.
+    alt : str, optional
+        The alternative text; by default what ``alttext.describe`` reads in the figure. A notebook that shows the figure
+        afterwards has it in the output's metadata, where nbconvert and the book find it.
     provenance : JSON values
         notebook, profile, seed, commit, device, versions.
     """
@@ -72,10 +76,12 @@ def save_figure(figure, name, table, folder, **provenance):
     if not isinstance(table, pd.DataFrame) or table.empty:
         raise ValueError(f"figure {name} needs the numbers it draws as a non-empty DataFrame")
     folder = Path(folder)
+    alt = alt or describe(figure)
+    figure._repr_mimebundle_ = lambda include=None, exclude=None: ({}, {"image/png": {"alt": alt}})  # asked by IPython
     # no version in the picture's metadata: the same numbers give the same file
     write_atomically(folder / f"{name}.png", lambda p: figure.savefig(p, format="png", metadata={"Software": None}))
     write_atomically(folder / f"{name}.csv", lambda p: table.to_csv(p, index=False, lineterminator="\n"))
-    update_manifest(folder, "figures", name, provenance)
+    update_manifest(folder, "figures", name, {"alt": alt} | provenance)
 
 
 def update_manifest(folder, section, name, entry):

@@ -42,11 +42,14 @@ def _nodes(equal):
 
 
 @torch.enable_grad()
-def _chi(activation, channels=4096, seed=0):
-    make = functools.partial(named_activation, activation) if isinstance(activation, str) else activation
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        f = make(channels)
+def chi_of(f, channels=1):
+    """chi of a module as it is now, over its channels; ``growth_factor`` draws a new one from a name.
+
+    Parameters
+    ----------
+    f : Module or callable
+        (1, channels, n) -> same. A module is left in float64 and in eval mode.
+    """
     f = f.double().train(False) if isinstance(f, nn.Module) else f
     x, w = _nodes(any(isinstance(m, KWTA) for m in f.modules()) if isinstance(f, nn.Module) else False)
     z = x.expand(1, channels, -1).clone().requires_grad_()  # (1, channels, nodes)
@@ -55,8 +58,16 @@ def _chi(activation, channels=4096, seed=0):
     slopes = (slope**2) @ w
     variances = (y.detach() ** 2) @ w - (y.detach() @ w) ** 2
     if not variances.sum() > 0:
-        raise ValueError(f"activation {activation!r} is constant on N(0, 1): its growth factor is not defined")
+        raise ValueError(f"activation {f!r} is constant on N(0, 1): its growth factor is not defined")
     return float(slopes.sum() / variances.sum())
+
+
+def _chi(activation, channels=4096, seed=0):
+    make = functools.partial(named_activation, activation) if isinstance(activation, str) else activation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        f = make(channels)
+    return chi_of(f, channels)
 
 
 def growth_factor(name, block=None, *, depth=56, image_size=16, seeds=2):

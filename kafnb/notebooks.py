@@ -13,7 +13,9 @@ from tqdm import tqdm
 from . import checks, engines, findings
 from .figures import read_manifest, update_manifest
 from .paths import home, write_atomically
+from .poster import save_poster
 from .profiles import PROFILES, resolve_data, resolve_device
+from .widgets import VIEW
 
 # notebook -> (section of the thesis, title); the map in README and notebook 00 is drawn from this
 PROGRAMME = {
@@ -153,6 +155,7 @@ def run_notebooks(
             if not outcome.error:
                 entry = {kind: round(outcome.seconds), "jobs": jobs, "cores": cores, "unmet": outcome.unmet}
                 update_manifest(home() / "figures" / profile, "notebooks", outcome.name, entry)
+    save_poster(profile)
     return sorted(outcomes, key=lambda o: o.name)
 
 
@@ -166,6 +169,7 @@ def keep_outputs(name, profile="quick"):
     for count, cell in enumerate((c for c in notebook["cells"] if c["cell_type"] == "code"), start=1):
         cell["outputs"], cell["execution_count"] = outputs[cell["id"]], count
         for output in cell["outputs"]:
+            output.get("data", {}).pop(VIEW, None)  # no sliders without their kernel
             if "execution_count" in output:
                 output["execution_count"] = count
     write_atomically(path, lambda p: p.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))

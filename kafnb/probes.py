@@ -195,7 +195,7 @@ class Histogram:
 
 
 def wasserstein(first, second):
-    """Wasserstein-1 distance of two ``Histogram``s, one a channel: the area between the distribution functions.
+    """Wasserstein-1 distance of two ``Histogram`` objects, one a channel: the area between the distribution functions.
 
     At most one bin's ``width`` off. Both are brought onto the wider range of the two.
     """

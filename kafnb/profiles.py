@@ -218,11 +218,14 @@ class Session:
                 folder.write_table("table.csv", computed)
             return folder.read_table("table.csv")
 
-    def save(self, figure, name, table):
-        """Write figures/<profile>/<notebook>_<name>.png, the numbers drawn as .csv, and its line in the manifest."""
+    def save(self, figure, name, table, alt=None):
+        """Write figures/<profile>/<notebook>_<name>.png, the numbers drawn as .csv, and its line in the manifest.
+
+        ``alt``: the picture in words, where those that are read from it will not do.
+        """
         figures.save_figure(
             figure, f"{self.notebook}_{name}", table, home() / "figures" / self.profile.name,
-            notebook=self.notebook, profile=self.profile.name, data=self.data.name, seed=self.seed,
+            alt=alt, notebook=self.notebook, profile=self.profile.name, data=self.data.name, seed=self.seed,
             device=device_name(self.device), **provenance(),
         )  # fmt: skip
 
@@ -232,5 +235,6 @@ class Session:
             f"profile {self.profile.name}: {self.data.name}, {len(self.data.x_train)} training images of "
             f"{self.data.in_channels}x{self.data.image_size}x{self.data.image_size}; attacks scored on {n} test "
             f"images; eps {self.profile.eps:.4g}; seed {self.seed}\n"
-            f"running time: {figures.measured(self.notebook, self.profile.name)}"
+            f"running time: {figures.measured(self.notebook, self.profile.name)}\n"
+            f"in profile paper, on a GPU: {figures.measured(self.notebook, 'paper')}"
         )

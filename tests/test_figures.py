@@ -27,6 +27,7 @@ def test_save_writes_picture_numbers_and_manifest(figure, tmp_path):
     assert (tmp_path / "06_a.png").read_bytes().startswith(b"\x89PNG")
     assert pd.read_csv(tmp_path / "06_a.csv").equals(table)
     manifest = figures.read_manifest(tmp_path)
+    assert all(entry.pop("alt") for entry in manifest["figures"].values())
     assert manifest["figures"] == {"06_a": {"seed": 1, "commit": "abc"}, "14_b": {"seed": 0, "commit": "abc"}}
     assert not list(tmp_path.glob("*.part"))
 
