@@ -11,8 +11,8 @@ Table of contents, in the order of the story:
     probes, lipschitz/                    what goes on inside, and how fast it can change
     certify/                              proofs that no attack exists: intervals, lines, constants, votes
     experiments, store, provenance        describe, train or load, keep, and where it came from
-    engines, cluster                      the same on several processes or machines
-    profiles                              the sizes
+    engines, cluster, distributed         the same on several processes or machines
+    profiles, checks                      the sizes, and what callers may pass
     compare, thesis, errata               paired tests; what the thesis reports, and its own ways
     figures, diagrams                     pictures
     notebooks, findings, dryrun           running it all, with checks that report, at full size or dry

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -130,8 +131,10 @@ def _trained(folder, experiment, data, device, progress, finished=None, report=N
     """
     model, origin = experiment.build(data).to(device), _origin(experiment, data)
     code = origin["code"]
-    if (_finished(folder, data, code) if finished is None else finished) and _loaded(folder, model):
-        return model.eval()
+    if _finished(folder, data, code) if finished is None else finished:
+        if _loaded(folder, model):
+            return model.eval()
+        model = experiment.build(data).to(device)  # some of the weights may have fitted
     started = time.perf_counter()
 
     def save(state):
@@ -163,7 +166,7 @@ def _evaluation_file(evaluation):
     return f"evaluation-{evaluation.name.split(' ')[0].lower()}-{key_of(evaluation)}.csv"
 
 
-def _stored(folder, name, labels, data, origin):
+def _stored(folder, name, labels, truth, origin):
     """The ``Score`` in a stored evaluation, or None where there is none that may be used."""
     if not folder.has(name):
         return None
@@ -176,7 +179,7 @@ def _stored(folder, name, labels, data, origin):
     try:
         table = folder.read_table(name)
         correct, images = table["correct"].to_numpy(), table["label"].to_numpy()
-        right = len(table) > 0 and set(correct) <= {0, 1} and (images == data.y_test[: len(table)].numpy()).all()
+        right = set(correct) <= {0, 1} and np.array_equal(images, truth.numpy())
     except (ValueError, KeyError, TypeError):
         right = False
     if not right:
@@ -189,7 +192,8 @@ def _score(folder, evaluation, model, data):
     name = _evaluation_file(evaluation)
     labels = "none" if evaluation.attack == "none" else evaluation.labels
     code = code_fingerprint("data", "evaluations", "models")
-    if score := _stored(folder, name, labels, data, {"code": code, "weights": folder.digest("weights.safetensors")}):
+    origin = {"code": code, "weights": folder.digest("weights.safetensors")}
+    if score := _stored(folder, name, labels, data.y_test[: evaluation.n], origin):
         return score
     score = evaluation(model(), data)
     table = pd.DataFrame(

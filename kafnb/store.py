@@ -135,9 +135,11 @@ class Folder:
         while aside.exists():
             number += 1
             aside = path.with_name(f"{name}.damaged-{number}")
-        there = path.exists()
-        if there:
-            os.replace(path, aside)
+        if there := path.exists():
+            try:
+                os.replace(path, aside)
+            except OSError as error:
+                raise type(error)(f"{path} {reason}; cannot write {aside}: {error.strerror or error}") from error
         if name != SUMS and name in (sums := self._sums()):
             self._write_sums({n: d for n, d in sums.items() if n != name})
         moved = f"moved to {aside.name}, " if there else ""

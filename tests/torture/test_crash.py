@@ -57,7 +57,7 @@ def test_killed_and_restarted(kind, whole, tmp_path, tries, note):
     while True:
         phase = START.Array("c", 20)
         if kind == "at a random write":
-            process = start(home, phase=phase, die_at=generator.randint(1, 12))
+            process = start(home, phase=phase, die_at=generator.randint(1, generator.choice((12, 50, 200))))
             code = finish(process)
         else:
             process = start(home, phase=phase)

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import kafnb
 from kafnb import Evaluation, Experiment, Recipe, experiments, provenance, store
@@ -321,12 +321,23 @@ def test_a_checkpoint_that_claims_to_be_ours_and_does_not_fit_is_refused_in_one_
     assert "\n" not in str(error.value)
 
 
+def test_weights_that_fit_in_part_leave_no_trace(whole, copy):
+    folder = copy() / MLP.name
+    weights = {k: v + 1 for k, v in load_file(folder / "weights.safetensors").items()}
+    weights[sorted(weights)[-1]] = torch.zeros(3)
+    for path in folder.glob("evaluation*"):
+        path.unlink()
+    Folder(folder).write("weights.safetensors", lambda p: save_file(weights, p))
+    with pytest.warns(UserWarning, match="does not hold the weights of this model"):
+        assert same(kafnb.run(MLP, [FGSM], store=folder.parent), whole[1])
+
+
 def test_hostile_weights_tables_and_records(whole, copy, monkeypatch):
     """Listed with their right checksums, and still nonsense: recomputed, and nothing else happens."""
     table = "evaluation-clean-44136fa355.csv"
     bombs = {
         "weights.safetensors": [b"", b"\xff" * 8 + b"{}", (2**40).to_bytes(8, "little") + b"{", b"cos\nsystem\n(S'true'\ntR."],
-        table: [b"", b"a,b\n1,2\n", b"image,label,correct\n0,3,7\n", b"image,label,correct\n0,x,1\n", b"\xff\xfe\0", b"=cmd|' /C calc'!A0\n", b"# " + b"[" * 99_999],
+        table: [b"", b"a,b\n1,2\n", b"image,label,correct\n0,3,7\n", b"image,label,correct\n0,x,1\n", b"image,label,correct\n0,3,1\n", b"image,label,correct\n", b"\xff\xfe\0", b"=cmd|' /C calc'!A0\n", b"# " + b"[" * 99_999],
     }  # fmt: skip
     for name, list_of in bombs.items():
         for content in list_of:
