@@ -12,6 +12,7 @@ Table of contents, in the order of the story:
     certify/                              proofs that no attack exists: intervals, lines, constants, votes
     experiments, store, provenance        describe, train or load, keep, and where it came from
     engines, cluster                      the same on several processes or machines
+    distributed, imagenet                 one model on several processes; the recipe for ImageNet
     profiles                              the sizes
     compare, thesis, errata               paired tests; what the thesis reports, and its own ways
     figures, diagrams, notebooks          pictures, and running it all

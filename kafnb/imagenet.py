@@ -180,6 +180,15 @@ def toy_folder(root, classes=4, train=48, test=12, shape=(96, 128), seed=0):
 def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm=False, test_images=500):
     """Train on the processes of torchrun's group; the first keeps the store.
 
+    Parameters
+    ----------
+    root : path or list of paths
+        The images; of several, one a phase (resized beforehand, they are read and decoded faster).
+    workers : int
+        Decoding processes of each process.
+    test_images : int
+        That the trained network is measured on, by the first process.
+
     Returns
     -------
     DataFrame
@@ -204,8 +213,11 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
             rows = list(state["history"])
         with synchronised(model, sync_batchnorm and processes > 1):
             ddp = wrapped(model, training.precision)
-            plan = [(p, e) for p in training.phases for e in range(p.epochs)]
-            for phase, epoch in plan[len(rows) :]:
+            roots = [root] if isinstance(root, str | Path) else list(root)
+            plan = [
+                (p, e, roots[min(i, len(roots) - 1)]) for i, p in enumerate(training.phases) for e in range(p.epochs)
+            ]
+            for phase, epoch, root in plan[len(rows) :]:
                 torch.manual_seed(1_000_003 * (training.seed * processes + rank) + len(rows))
                 data = images(root, True, phase.size)
                 rows.append(_epoch(ddp, data, training, phase, epoch, len(rows), optimizer, rank, processes, workers))
@@ -213,7 +225,7 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
                     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     folder.write_checkpoint(states | {"history": rows})
         if rank == 0:
-            return _keep(folder, training, model.eval(), root, rows, device, test_images)
+            return _keep(folder, training, model.eval(), roots[-1], rows, device, test_images)
 
 
 def _epoch(ddp, data, training, phase, epoch, done, optimizer, rank, processes, workers):
@@ -319,7 +331,7 @@ def cost(training, flops_per_s, count=IMAGES, size_of_all=BYTES):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m kafnb.imagenet", description=__doc__.splitlines()[0])
-    parser.add_argument("root", help="a tree train/<class>/*, test/<class>/*")
+    parser.add_argument("root", nargs="+", help="a tree train/<class>/*, test/<class>/*; of several, one a phase")
     parser.add_argument("--activation", default="relu")
     parser.add_argument("--eps", type=float, default=4, help="in 255ths")
     parser.add_argument("--workers", type=int, default=8, help="decoding processes of each training process")
@@ -328,7 +340,7 @@ def main(argv=None):
     parser.add_argument("--small", action="store_true", help="the same code at a size for a CPU")
     parser.add_argument("--store")
     a = parser.parse_args(argv)
-    chosen = Training(a.activation, a.eps / 255, classes=len(images(a.root, True, 32).classes))
+    chosen = Training(a.activation, a.eps / 255, classes=len(images(a.root[-1], True, 32).classes))
     chosen = small(chosen, chosen.classes) if a.small else chosen
     where = dict(device=a.device, workers=a.workers, store=a.store, sync_batchnorm=a.sync_batchnorm)
     history = train(chosen, a.root, **where)
