@@ -11,7 +11,8 @@ Table of contents, in the order of the story:
     probes, lipschitz/                    what goes on inside, and how fast it can change
     certify/                              proofs that no attack exists: intervals, lines, constants, votes
     experiments, store, provenance        describe, train or load, keep, and where it came from
-    engines, cluster, distributed         the same on several processes or machines
+    engines, cluster                      the same on several processes or machines
+    distributed, imagenet                 one model on several processes; the recipe for ImageNet
     profiles, checks                      the sizes, and what callers may pass
     compare, thesis, errata               paired tests; what the thesis reports, and its own ways
     figures, diagrams                     pictures

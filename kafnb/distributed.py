@@ -136,11 +136,14 @@ class Learner(nn.Module):
     def forward(self, steps):
         return next(steps)
 
+    no_sync = contextlib.nullcontext  # as DDP has it, for one process
 
-def learn(ddp, net, parts, processes, optimizer, scaler, recipe, rate, states):
+
+def learn(ddp, net, parts, processes, optimizer, scaler, recipe, rate, states, same_draws=True):
     """Learn from one batch given as ``parts``, (x, y, rows, size of the whole batch): yields the sums of each step.
 
     Several parts are accumulated: their gradients are added before the optimiser's step, and only then exchanged.
+    With ``same_draws`` random numbers are drawn for the whole batch, else each process draws its own.
     """
     steps = [METHODS[recipe.method](net, x, y, recipe, s) for (x, y, *_), s in zip(parts, states, strict=True)]
     for _ in range(recipe.replays if recipe.method == "free" else 1):
@@ -154,7 +157,7 @@ def learn(ddp, net, parts, processes, optimizer, scaler, recipe, rate, states):
             _generators(parts[0][0].device, start)  # each part sees the same draws for the whole batch
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else ddp.no_sync():
-                with Rows(rows, size) if len(y) < size else contextlib.nullcontext():
+                with Rows(rows, size) if same_draws and len(y) < size else contextlib.nullcontext():
                     logits, loss = ddp(step)
                 # DDP takes the mean over processes; this is the mean over images
                 scaler.scale(loss * (len(y) * processes / size)).backward()
@@ -178,10 +181,11 @@ def _generators(device, state=None):
         torch.cuda.set_rng_state(state[1], device)
 
 
-def wrapped(model, device, precision="float32"):
-    """(DDP around a ``Learner``, the network that the methods see)."""
+def wrapped(model, precision="float32"):
+    """(a ``Learner``, in DDP where there is a group; the network that the methods see)."""
     net = model if precision == "float32" else training.Autocast(model, PRECISIONS[precision])
-    return DistributedDataParallel(Learner(net)), net.train()
+    learner = Learner(net.train())
+    return (DistributedDataParallel(learner) if dist.is_initialized() else learner), net
 
 
 def fit(
@@ -213,7 +217,7 @@ def fit(
             def epoch(model, x, y, optimizer, scaler, recipe, rate, done):
                 nonlocal ddp
                 if ddp is None:  # made when the weights of a resumed training are there
-                    ddp = wrapped(model, device, recipe.precision)
+                    ddp = wrapped(model, recipe.precision)
                 model.train()
                 states, sums, parts = (
                     [{} for _ in range(accumulate)],

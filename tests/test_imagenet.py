@@ -1,0 +1,101 @@
+"""The ImageNet recipe: its full configuration, its network, and the same code at a small size on two processes."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from torchvision.models import resnet50
+
+import kafnb
+from kafnb import imagenet
+
+
+def test_full_configuration_is_the_recipe():
+    assert {(t.activation, round(255 * t.eps)) for t in imagenet.FULL} == {
+        (a, e) for a in ("relu", "swish", "kaf_elu") for e in (2, 4)
+    }
+    assert len({t.name for t in imagenet.FULL}) == 6
+    for t in imagenet.FULL:
+        assert [(p.size, p.batch, p.epochs) for p in t.phases] == [(128, 512, 6), (224, 224, 6), (288, 128, 3)]
+        assert t.recipe.method == "fgsm_rs" and t.recipe.momentum == 0.9 and t.layers == (3, 4, 6, 3)
+        # the rate goes on where the last phase left it
+        assert all(a.rates[-1] == b.rates[0] for a, b in zip(t.phases, t.phases[1:], strict=False))
+        assert all(len(p.at) == len(p.rates) and p.at[-1] == p.epochs for p in t.phases)
+
+
+def test_network_is_torchvisions_resnet50():
+    ours, theirs = imagenet.resnet("relu").eval(), resnet50().eval()
+    theirs.load_state_dict(ours[1].state_dict())
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(imagenet.Normalise()(x)), atol=1e-5)
+    kafs = [m for m in imagenet.resnet("kaf_elu").modules() if isinstance(m, kafnb.KAF)]
+    assert len(kafs) == 1 + 3 * 16 and len({id(m) for m in kafs}) == 49  # each place its own
+
+
+def test_operations_are_what_is_known_of_resnet50():
+    t = imagenet.Training()
+    once = imagenet.flops(dataclasses.replace(t, method="standard"), 224) / 3
+    assert once == pytest.approx(2 * 4.09e9, rel=0.02)  # 4.09 G multiply-adds forward, torchvision's model table
+    # fgsm_rs adds a forward pass and a backward pass to the image
+    assert imagenet.flops(t, 224) / once == pytest.approx(5, rel=0.02)
+    table = imagenet.cost(t, 1e14)
+    assert table.hours.sum() == pytest.approx(1e18 * table.EFLOP.sum() / 1e14 / 3600)
+    assert table.images.sum() == 15 * imagenet.IMAGES
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train/<class>"):
+        imagenet.images(tmp_path, True, 32)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_small_folder_and_one_resumes(tmp_path):
+    root = imagenet.toy_folder(tmp_path / "toy", train=24, test=12)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "-m",
+        "kafnb.imagenet",
+        str(root),
+        "--small",
+        "--activation",
+        "kaf_elu",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    stopped = tmp_path / "stopped"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--store", str(stopped)], env=environment, check=True, capture_output=True, timeout=600)
+    training = imagenet.small(imagenet.Training("kaf_elu"), 4)
+    folder = stopped / training.name
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    history = pd.read_csv(folder / "history.csv")
+    epochs = history[history["size"].notna()]
+    assert epochs["size"].tolist() == [32, 32, 48, 64] and (epochs.processes == 2).all() and (epochs.images == 96).all()
+    assert history.clean.iloc[-1] > 0.5 > 0.25  # of four classes
+    # as if stopped after two epochs of one process: the rest is trained, on one
+    state = {}
+
+    def keep(self, value, write=kafnb.store.Folder.write_checkpoint):
+        write(self, value)
+        if len(value["history"]) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kafnb.store.Folder, "write_checkpoint", keep)
+        with pytest.raises(KeyboardInterrupt):
+            imagenet.train(training, root, store=tmp_path / "alone")
+    state = kafnb.store.Folder(tmp_path / "alone" / training.name).read_checkpoint("cpu")
+    assert len(state["history"]) == 2
+    resumed = imagenet.train(training, root, store=tmp_path / "alone")
+    assert resumed["size"].tolist()[:4] == [32, 32, 48, 64] and resumed.loss.tolist()[:2] == [
+        r["loss"] for r in state["history"]
+    ]
+    again = imagenet.train(training, root, store=tmp_path / "alone")
+    pd.testing.assert_frame_equal(again, resumed, check_dtype=False)
