@@ -128,7 +128,8 @@ def interval(model, x, y, recipe, state):
     logits, loss = _learn(model, x, y)
     if ramp > 0:
         eps = ramp * recipe.eps
-        low, high = interval_bounds(model, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1), pieces=8)
+        net = getattr(model, "model", model)  # without autocast: bounds rounded to 8 bits are none
+        low, high = interval_bounds(net, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1), pieces=8)
         worst = torch.where(F.one_hot(y, low.shape[1]).bool(), low, high)
         loss = kappa * loss + (1 - kappa) * F.cross_entropy(worst, y)
     yield logits, loss

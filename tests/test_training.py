@@ -140,6 +140,13 @@ def test_divergence_stops_and_keeps_the_last_good_weights(tiny):
     assert torch.isfinite(weights(model)).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_in_lower_precision(tiny, method):
+    recipe = Recipe(method, epochs=2, batch_size=100, eps=0.05, steps=2, replays=2, precision="bfloat16")
+    history = fit(models.mlp(hidden=(8,)), tiny, recipe)
+    assert len(history) == epochs_of(recipe) and np.isfinite(history.loss).all()
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_learns(tiny, precision):
     recipe = Recipe("fgsm_rs", epochs=10, lr=(0.003, 0.3), batch_size=32, eps=0.05, precision=precision)
