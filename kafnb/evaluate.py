@@ -74,8 +74,9 @@ def _images(data, n):
     if not isinstance(data, Data):
         if not isinstance(data, list | tuple) or len(data) != 2:
             raise TypeError(f"data must be a Data or a pair (images, labels), got {shown(data)}")
-        images(data[0], box=False)
         labels(data[1])
+        if not images(data[0], box=False).isfinite().all():
+            raise ValueError("images must be finite, and some are NaN or infinite")
     x, y = data.test(n) if isinstance(data, Data) else (data[0][:n], data[1][:n])
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(
@@ -86,12 +87,22 @@ def _images(data, n):
 
 def predict(model, x, batch_size=512):
     """Predicted class of each image, int64 (N,), in eval mode without gradients."""
-    device = _device(model)
+    return _answers(model, x, None, batch_size)
+
+
+def _answers(model, x, y, batch_size):
+    """What ``predict`` returns; the labels y, if given, must be among the classes."""
+    device, answers = _device(model), []
     count(batch_size, "batch_size")
     if len(images(x, box=False)) == 0:
         raise ValueError("predict needs at least one image")
     with still(model), torch.no_grad(), forward(x):
-        return torch.cat([model(b.to(device)).argmax(1).cpu() for b in x.split(batch_size)])
+        for batch in x.split(batch_size):
+            logits = model(batch.to(device))
+            answers.append(logits.argmax(1).cpu())
+    if y is not None:
+        labels(y, len(x), logits.shape[1])
+    return torch.cat(answers)
 
 
 def _device(model):
@@ -102,7 +113,7 @@ def _device(model):
 def clean_accuracy(model, data, *, n=None, batch_size=512):
     """Accuracy on the first n test images of ``data`` (a ``Data``, or a pair of tensors images, labels)."""
     x, y = _images(data, n)
-    return Score((predict(model, x, batch_size) == y.cpu()).numpy(), "none")
+    return Score((_answers(model, x, y, batch_size) == y.cpu()).numpy(), "none")
 
 
 def robust_accuracy(
@@ -146,7 +157,7 @@ def robust_accuracy(
         if not callable(one):
             raise TypeError(f"attack must be a function attack(model, x, y), or a list of such, got {shown(one)}")
     device = _device(model)
-    answer, truth = predict(model, x, batch_size), y.cpu()
+    answer, truth = _answers(model, x, y, batch_size), y.cpu()
     told = truth if labels == "true" else answer
     correct = (answer == truth).numpy()
     attacked = torch.from_numpy(np.flatnonzero(correct)) if labels == "true" else torch.arange(len(x))
