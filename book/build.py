@@ -34,7 +34,7 @@ def bibliography():
     known = {}
     for key, body in re.findall(r"(?ms)^@\w+\{([^,\s]+),\n(.*?)^\}$", (ROOT / "notebooks/references.bib").read_text()):
         fields = dict(re.findall(r"(?m)^  (\w+) = \{(.*)\},$", body))
-        for mark in (fields.get("doi"), fields.get("eprint"), fields["title"]):
+        for mark in (fields.get("doi"), fields.get("eprint"), fields["title"].replace("{", "").replace("}", "")):
             known |= {mark: key} if mark else {}
     return known
 

@@ -13,7 +13,8 @@ Table of contents, in the order of the story:
     experiments, store, provenance        describe, train or load, keep, and where it came from
     profiles                              the sizes
     compare, thesis, errata               paired tests; what the thesis reports, and its own ways
-    figures, diagrams, notebooks          pictures, and running it all
+    figures, diagrams, alttext, poster    pictures, and pictures in words
+    views, widgets, notebooks             sliders, and running it all
 """
 
 from . import (
