@@ -46,6 +46,7 @@ lint: .venv/ready
 .venv/ready: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	  { echo "kafnb needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say make PYTHON=python3.12" >&2; exit 2; }
+	@echo "installing PyTorch and the rest into .venv, about 6 GB: several minutes, and quiet"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt -e .
 	@touch $@

@@ -34,7 +34,7 @@ def bibliography():
     known = {}
     for key, body in re.findall(r"(?ms)^@\w+\{([^,\s]+),\n(.*?)^\}$", (ROOT / "notebooks/references.bib").read_text()):
         fields = dict(re.findall(r"(?m)^  (\w+) = \{(.*)\},$", body))
-        for mark in (fields.get("doi"), fields.get("eprint"), fields["title"]):
+        for mark in (fields.get("doi"), fields.get("eprint"), fields["title"].replace("{", "").replace("}", "")):
             known |= {mark: key} if mark else {}
     return known
 
@@ -73,6 +73,10 @@ def words(name, manifest):
     return alt, re.sub(r"([*_$`])", r"\\\1", re.split(r"(?<=[^\d])\.\s", title)[0])
 
 
+def _text(output):
+    return {"output_type": "stream", "name": "stdout", "text": output["data"]["text/plain"]}
+
+
 def notebook(name, manifest, known):
     """The notebook's JSON for Sphinx."""
     content, count = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text()), [0]
@@ -85,7 +89,8 @@ def notebook(name, manifest, known):
         pictures = [o for o in cell["outputs"] if "image/png" in o.get("data", {})]
         if len(pictures) > 1 or bool(pictures) != bool(saved):
             raise SystemExit(f"book: {name}, cell {cell['id']}: {len(pictures)} pictures, {len(saved)} saved figures")
-        if pictures:
+        if pictures:  # the figure's number and caption are for the picture, not for what stands above the sliders
+            cell["outputs"] = [o if "text" in o or o in pictures else _text(o) for o in cell["outputs"]]
             figure = f"{name}_{saved[0]}"
             alt, caption = words(figure, manifest)
             caption += f" ({{download}}`numbers <figures/{figure}.csv>`)"

@@ -15,7 +15,8 @@ Table of contents, in the order of the story:
     distributed, imagenet                 one model on several processes; the recipe for ImageNet
     profiles, checks                      the sizes, and what callers may pass
     compare, thesis, errata               paired tests; what the thesis reports, and its own ways
-    figures, diagrams                     pictures
+    figures, diagrams, alttext, poster    pictures, and pictures in words
+    views, widgets                        sliders above a picture
     notebooks, findings, dryrun           running it all, with checks that report, at full size or dry
 """
 
