@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import kafnb
-from kafnb import engines, experiments, figures, imagenet, paths, provenance
+from kafnb import cluster, engines, experiments, figures, imagenet, paths, provenance
 from kafnb.methods import METHODS
 
 FOLDER = paths.home() / "figures" / "benchmark"
@@ -59,7 +59,7 @@ def throughput(n, epochs):
                     import ray
 
                     ray.shutdown()
-                    kafnb.cluster.connect(workers=workers)
+                    cluster.connect(workers=workers)
                     ray.get(ray.remote(num_cpus=1)(lambda: None).remote())
                 started = time.perf_counter()
                 engines.ENGINES[engine](timed, runs, (), **where, progress=False, workers=workers, threads=1)
