@@ -7,6 +7,7 @@ cores the machine has and how busy it was: where other work runs, two workers ca
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 
 import kafnb
-from kafnb import engines, experiments, figures, imagenet, paths, provenance
+from kafnb import cluster, engines, experiments, figures, imagenet, paths, provenance
 from kafnb.methods import METHODS
 
 FOLDER = paths.home() / "figures" / "benchmark"
@@ -45,8 +46,9 @@ def throughput(n, epochs):
     runs = [kafnb.Experiment("digits", "light_cnn", "relu", recipe, seed) for seed in range(n)]
     rows, busy = [], os.getloadavg()[0]
     cases = [("local", 1), ("processes", 1), ("processes", 2)]
-    if engines.importlib.util.find_spec("ray"):
-        cases += [("ray", 1), ("ray", 2)]
+    if importlib.util.find_spec("ray"):
+        cases[1:1] = [("ray", 1), ("ray", 2)]
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine needs more than Ray's 30
     for engine, workers in cases:
         with tempfile.TemporaryDirectory() as store:
             where = dict(store=Path(store), device="cpu", data_root=None)
@@ -59,7 +61,7 @@ def throughput(n, epochs):
                     import ray
 
                     ray.shutdown()
-                    kafnb.cluster.connect(workers=workers)
+                    cluster.connect(workers=workers)
                     ray.get(ray.remote(num_cpus=1)(lambda: None).remote())
                 started = time.perf_counter()
                 engines.ENGINES[engine](timed, runs, (), **where, progress=False, workers=workers, threads=1)
@@ -74,8 +76,7 @@ def throughput(n, epochs):
                 "overhead_s": ((end - begin) * workers - wall) / n,
             }
         )  # fmt: skip
-        print(rows[-1], flush=True)
-    keep("scale_cpu", pd.DataFrame(rows), load_before=busy, load_after=os.getloadavg()[0])
+        keep("scale_cpu", pd.DataFrame(rows), load_before=busy, load_after=os.getloadavg()[0])
 
 
 def full_size(batch=2):
