@@ -48,7 +48,7 @@ class Detector:
         self.model = instance(model, nn.Module, "model")
         if len(images(clean)) == 0 or len(images(adversarial)) == 0:
             raise ValueError("a detector needs clean and adversarial images, at least one of each")
-        with still(model), torch.no_grad():
+        with still(model), torch.no_grad(), forward(clean):
             both = torch.cat([features(model, clean)[1], features(model, adversarial)[1]]).double()
         self.mean, self.scale = both.mean(0), both.std(0).clamp_min(1e-6)
         target = [0] * len(clean) + [1] * len(adversarial)

@@ -50,7 +50,7 @@ def test_any_command_line(home, capsys, monkeypatch, note):
             code = __main__.main(arguments)
         except SystemExit as stop:
             code = stop.code
-        except BaseException as error:
+        except Exception as error:
             code = error
         _, err = capsys.readouterr()
         last = err.strip().splitlines()[-1] if err.strip() else ""

@@ -140,7 +140,7 @@ shape = dict(in_channels=count(), num_classes=count(2), activation=name(kafnb.AC
 
 # function -> arguments with which it works (in a second or less), and what is bad for each
 CALLS = [
-    (KAF, dict(channels=2), dict(channels=count(), dictionary_size=count(2), boundary=number(above=0), kernel=name(), init=name().filter(lambda v: v is not None), bandwidth=number(above=0, optional=True), ridge=number())),
+    (KAF, dict(channels=2), dict(channels=count(), dictionary_size=count(2), boundary=number(above=0), kernel=name().filter(lambda v: v != ["relu"]), init=name().filter(lambda v: v is not None), bandwidth=number(above=0, optional=True), ridge=number())),
     (KAF(1), dict(x=X), dict(x=st.one_of(thing(), st.just(X.byte()), st.just(X.repeat(1, 3, 1, 1)), st.just(X[0, 0, 0])))),
     (KWTA, dict(ratio=0.5), dict(ratio=number(above=0, high=1))),
     (kafnb.activation, dict(name="relu", channels=2), dict(name=name(kafnb.ACTIVATIONS), channels=count())),
@@ -176,12 +176,12 @@ CALLS = [
     (library.autoattack, ATTACKED | dict(attacks=("square",)), ATTACK | dict(batch_size=count(), norm=name(attacks.NORMS), attacks=st.sampled_from([(), None, 3, ("pgd",), [None], "square"]))),
     (library.cw, ATTACKED | dict(steps=1, searches=1), ATTACK | dict(eps=st.one_of(below(0), nothing, st.just(math.nan)), steps=count(), searches=count(), step_size=number(above=0), confidence=number())),
     (library.deepfool, ATTACKED | dict(steps=1), ATTACK | dict(eps=st.one_of(below(0), nothing, st.just(math.nan)), steps=count(), overshoot=number())),
-    (checklist.checklist, dict(model=NET, data=(X, Y), eps=0.1), dict(model=model, data=pair, eps=eps, n=count(), steps=count(), queries=count(), source=thing(None))),
+    (checklist.checklist, dict(model=NET, data=(X, Y), eps=0.1), dict(model=model, data=pair, eps=eps, n=count(optional=True), steps=count(), queries=count(), source=thing(None))),
     (checklist.loss_surface, dict(model=NET, x=X[0], y=1, eps=0.1, size=2), dict(model=model, x=bad_images(3), y=count(0), eps=eps, size=count(), seed=seed)),
     (evaluate.predict, dict(model=NET, x=X), dict(model=model, x=st.one_of(bad_images(box=False), st.just(X[:0])), batch_size=count())),
     (evaluate.clean_accuracy, dict(model=NET, data=(X, Y)), dict(model=model, data=st.one_of(pair, st.tuples(st.just(X * math.nan), st.just(Y))), n=count(optional=True), batch_size=count())),
     (evaluate.robust_accuracy, dict(model=NET, data=(X, Y), attack=lambda m, x, y: x), dict(model=model, attack=thing(None, [], ()), labels=name(), n=count(optional=True), batch_size=count(), seed=seed, precision=name())),
-    (evaluate.wilson, dict(successes=1, n=2), dict(successes=count(0), n=count(2), confidence=number(above=0, high=1))),
+    (evaluate.wilson, dict(successes=1, n=2), dict(successes=count(0), n=count(), confidence=number(above=0, high=1))),
     (lipschitz.kaf_constant, dict(kaf=KAF(1)), dict(kaf=thing(), tolerance=number(above=0), cells=count(), rounds=count())),
     (lipschitz.kaf_bound, dict(kaf=KAF(1)), dict(kaf=thing(), kind=name())),
     (lipschitz.activation_constant, dict(module=nn.ReLU()), dict(module=thing())),
