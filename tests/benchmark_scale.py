@@ -62,7 +62,9 @@ def throughput(n, epochs):
 
                     ray.shutdown()
                     cluster.connect(workers=workers)
-                    ray.get(ray.remote(num_cpus=1)(lambda: None).remote())
+                    # part of the start, once a worker: its process, and torch and the package imported
+                    warm = ray.remote(num_cpus=1)(lambda: (importlib.import_module("kafnb"), time.sleep(1), None)[-1])
+                    ray.get([warm.remote() for _ in range(workers)])
                 started = time.perf_counter()
                 engines.ENGINES[engine](timed, runs, (), **where, progress=False, workers=workers, threads=1)
             end = time.perf_counter()
