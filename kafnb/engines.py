@@ -129,5 +129,5 @@ def check(engine):
     """
     chosen = pick(ENGINES, engine, "engine")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise ModuleNotFoundError("engine 'ray' needs Ray, which is not installed: pip install 'kafnb[ray]'")
+        raise ModuleNotFoundError("engine 'ray' needs Ray, which is not installed: pip install 'ray>=2.60,<3'")
     return chosen

@@ -257,7 +257,7 @@ def run(
         Default ``results/`` in the checkout.
     engine : {"local", "processes", "ray"}
         Where what is not in the store yet is computed: here, one after the other; in several processes of this machine;
-        on a Ray cluster (``pip install 'kafnb[ray]'``). The results come into the one store.
+        on a Ray cluster (``pip install 'ray>=2.60,<3'``). The results come into the one store.
     workers : int, optional
         Experiments at a time of "processes", and of a Ray cluster started here; default the number of cores.
     threads : int, optional

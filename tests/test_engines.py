@@ -25,7 +25,7 @@ from kafnb import Evaluation, Experiment, Recipe, __main__, cluster, engines, pr
 QUICK = Recipe("fgsm_rs", epochs=2, lr=(0.003, 0.3), eps=0.1)
 PGD = Evaluation("pgd", eps=0.1, steps=2, n=30)
 needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'kafnb[ray]'"
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'ray>=2.60,<3'"
 )
 
 
@@ -191,7 +191,7 @@ def test_more_memory_is_more_experiments_a_gpu(digits):
 @pytest.fixture
 def three_nodes():
     """A Ray cluster of three nodes of one core each, on this machine, and this process connected to it."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kafnb[ray]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray>=2.60,<3'")
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
