@@ -61,6 +61,11 @@ def work(folder, names, **how):
                 history.to_csv(f"{folder}/{name}.csv", index=False)
 
 
+def say(model):
+    """One line in one write: the processes share one pipe."""
+    sys.stdout.write(f"sum {sum(float(p.detach().double().abs().sum()) for p in model.parameters())}\n")
+
+
 def torchrun(code, processes=2, check=True):
     """Run code in several processes under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -149,7 +154,7 @@ Folder.write_checkpoint = stopping
     assert sorted(p.name for p in folder.iterdir()) == ["SHA256SUMS", "checkpoint-00002.pt"]
     ended = torchrun(
         f"import torch, test_distributed\nfrom kafnb import distributed\ntorch.set_num_threads(1)\nm = {call}\n"
-        "print('sum', sum(float(p.detach().double().abs().sum()) for p in m.parameters()))",
+        "test_distributed.say(m)",
         processes=3,
     )
     got, want = (load_file(tmp_path / s / EXPERIMENT.name / "weights.safetensors") for s in ("store", "alone"))
@@ -159,9 +164,7 @@ Folder.write_checkpoint = stopping
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
     assert not list(folder.glob("checkpoint*")) and not list(folder.glob(".*.part"))
     # what is there is read by all
-    again = torchrun(
-        f"import test_distributed\nfrom kafnb import distributed\nm = {call}\nprint('sum', sum(float(p.detach().double().abs().sum()) for p in m.parameters()))"
-    )
+    again = torchrun(f"import test_distributed\nfrom kafnb import distributed\nm = {call}\ntest_distributed.say(m)")
     assert {line for line in again.stdout.splitlines() if line.startswith("sum")} == set(sums)
 
 
