@@ -92,7 +92,8 @@ def _code(experiment):
     with torch.random.fork_rng(devices=[]):
         parts = {type(m) for m in activation(experiment.activation, 8).modules()}
     own = [METHODS.get(experiment.recipe.method), OPTIMIZERS.get(experiment.recipe.optimizer)]
-    own += [ACTIVATIONS[experiment.activation]] * (experiment.activation in ACTIVATIONS)
+    if experiment.activation in ACTIVATIONS:  # not in there: a KAF by its kernels' names
+        own.append(ACTIVATIONS[experiment.activation])
     return code_of(("data", "models", "training"), [*parts, *own])
 
 

@@ -165,6 +165,14 @@ def test_session_table_is_computed_once_for_the_same_arguments(tmp_path, monkeyp
     assert calls == [3, 3, 4, 3]
 
 
+def test_a_kaf_by_its_kernels_is_stored_under_a_name_without_a_colon(store):
+    experiment = dataclasses.replace(MLP, activation="unit:relu+matern32")
+    rates = [kafnb.run(experiment, store=store).rate.tolist() for _ in range(2)]
+    assert rates[0] == rates[1] and folder_of(store, experiment).is_dir() and ":" not in experiment.name
+    with pytest.raises(ValueError, match="unknown"):
+        kafnb.run(dataclasses.replace(MLP, activation="unit:mattern32"), store=store)
+
+
 def test_session_table_says_what_the_function_must_return(tmp_path, monkeypatch):
     monkeypatch.setenv("KAFNB_HOME", str(tmp_path))
     with pytest.raises(TypeError, match="number must return a DataFrame, got int"):
