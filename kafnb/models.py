@@ -11,16 +11,12 @@ import itertools
 from torch import nn
 from torch.nn import functional as F
 
-from .activations import ACTIVATIONS
 from .activations import activation as named_activation
 from .checks import count, instance, number, pick
 
 
 def _factory(activation):
-    if callable(activation):
-        return activation
-    pick(ACTIVATIONS, activation, "activation")
-    return functools.partial(named_activation, activation)
+    return activation if callable(activation) else functools.partial(named_activation, activation)
 
 
 def _sizes(in_channels, image_size, num_classes, halved=0):
