@@ -29,7 +29,7 @@ from .activations import activation as named
 from .attacks import pgd
 from .distributed import group, learn, synchronised, wrapped
 from .methods import METHODS
-from .provenance import device_name, provenance
+from .provenance import code_fingerprint, device_name, provenance
 from .recipe import Recipe, optimizer_of
 from .store import Folder, default_store, key_of
 
@@ -200,7 +200,8 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
         folder = Folder(Path(store or default_store()) / training.name)
         if rank == 0:
             stack.enter_context(folder.lock())
-        known = [(folder.has("history.csv"), folder.read_checkpoint("cpu"))] if rank == 0 else [None]
+        origin = {"code": code_fingerprint("imagenet")}
+        known = [(folder.has("history.csv"), folder.read_checkpoint(**origin))] if rank == 0 else [None]
         if processes > 1:
             dist.broadcast_object_list(known)
         (finished, state), model = known[0], training.build().to(device)
@@ -223,7 +224,7 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
                 rows.append(_epoch(ddp, data, training, phase, epoch, len(rows), optimizer, rank, processes, workers))
                 if rank == 0:
                     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    folder.write_checkpoint(states | {"history": rows})
+                    folder.write_checkpoint(states | origin | {"history": rows})
         if rank == 0:
             return _keep(folder, training, model.eval(), roots[-1], rows, device, test_images)
 

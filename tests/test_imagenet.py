@@ -56,19 +56,17 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_on_a_small_folder_and_one_resumes(tmp_path):
     root = imagenet.toy_folder(tmp_path / "toy", train=24, test=12)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
         "-m",
         "kafnb.imagenet",
-        str(root),
-        "--small",
-        "--activation",
-        "kaf_elu",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
     ]
+    command += f"{root} --small --activation kaf_elu --device cpu --workers 0".split()
     stopped = tmp_path / "stopped"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--store", str(stopped)], env=environment, check=True, capture_output=True, timeout=600)
@@ -91,7 +89,7 @@ def test_two_processes_train_on_a_small_folder_and_one_resumes(tmp_path):
         patch.setattr(kafnb.store.Folder, "write_checkpoint", keep)
         with pytest.raises(KeyboardInterrupt):
             imagenet.train(training, root, store=tmp_path / "alone")
-    state = kafnb.store.Folder(tmp_path / "alone" / training.name).read_checkpoint("cpu")
+    state = kafnb.store.Folder(tmp_path / "alone" / training.name).read_checkpoint()
     assert len(state["history"]) == 2
     resumed = imagenet.train(training, root, store=tmp_path / "alone")
     assert resumed["size"].tolist()[:4] == [32, 32, 48, 64] and resumed.loss.tolist()[:2] == [
