@@ -10,9 +10,10 @@ Table of contents, in the order of the story:
     collapse, detect                      training that fools itself; recognising attacks, and why that fails
     probes, lipschitz/                    what goes on inside, and how fast it can change
     certify/                              proofs that no attack exists: intervals, lines, constants, votes
-    experiments, store, provenance        describe, train or load, keep, and where it came from
+    experiments, results, provenance      describe, train or load, measure, and where it came from
+    store, integrity                      what is kept, and how nothing of it is lost
     engines, cluster                      the same on several processes or machines
-    distributed, imagenet                 one model on several processes; the recipe for ImageNet
+    distributed/, imagenet/               one model on several processes; the recipe for ImageNet
     profiles, checks                      the sizes, and what callers may pass
     compare, thesis, errata               paired tests; what the thesis reports, and its own ways
     figures, diagrams, alttext, poster    pictures, and pictures in words

@@ -8,7 +8,6 @@ import torch
 
 from .activations import ACTIVATIONS
 from .data import load_data
-from .engines import RETRIES, Bars, yours
 from .paths import home
 from .store import Folder
 
@@ -84,13 +83,15 @@ def connect(address=None, workers=None):
 
 
 def ray_tasks(
-    measure, experiments, evaluations, *, store, device, data_root, progress, workers=None, threads=None, address=None
-):
+    measure, experiments, evaluations, *, bars, own, retries, store, device, data_root, workers=None, threads=None,
+    address=None,
+):  # fmt: skip
     """One task an experiment on Ray; one that is lost with its worker or machine is started again.
 
     Where a worker sees the store (the same path on a shared file system) it works in it, and what is started again
     resumes from the last checkpoint. Where not, the files come back with the result, and it starts from the beginning.
-    Of a GPU each experiment gets a share by memory (``gpu_share``).
+    Of a GPU each experiment gets a share by memory (``gpu_share``). ``bars`` is told of progress and ``own`` are the
+    caller's activations; see ``engines``.
     """
     ray = connect(address, workers)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as At
@@ -100,16 +101,18 @@ def ray_tasks(
     memory = _smallest_gpu(ray, At) if str(device).startswith("cuda") else None
     here = At(ray.get_runtime_context().get_node_id(), soft=True)
     board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
-    store, token, bars = Path(store).resolve(), f".seen-{uuid.uuid4().hex}", Bars(experiments, progress)
+    store, token = Path(store).resolve(), f".seen-{uuid.uuid4().hex}"
     where = dict(store=str(store), token=token, threads=threads or 1, device=device, data_root=data_root)
-    task, todo = ray.remote(num_cpus=threads or 1, max_retries=RETRIES)(_remote), {}
+    task, todo = ray.remote(num_cpus=threads or 1, max_retries=retries)(_remote), {}
     store.mkdir(parents=True, exist_ok=True)
     (store / token).touch()
     try:
-        registered = ray.put(yours(experiments))
+        registered = ray.put(own)
         for i, e in enumerate(experiments):
             share = gpu_share(e, load_data(e.data, data_root), memory) if memory else 0
-            files = Folder(store / e.name).get_all()
+            folder = Folder(store / e.name)
+            with folder.lock():  # what another process has written, and not listed yet, would look damaged
+                files = folder.get_all()
             task_of_e = task.options(num_gpus=share, name=e.name)
             todo[task_of_e.remote(measure, e, evaluations, registered, i, board, files=files, **where)] = i
         while todo:
@@ -128,7 +131,6 @@ def ray_tasks(
             ray.cancel(reference, force=True)
         ray.kill(board)
         (store / token).unlink(missing_ok=True)
-        bars.close()
 
 
 def _news(ray, board):

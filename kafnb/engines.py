@@ -109,11 +109,15 @@ def processes(
     bars.close()
 
 
-def ray(*arguments, **where):
+def ray(measure, experiments, evaluations, *, progress, **where):
     """See ``cluster.ray_tasks``."""
     from .cluster import ray_tasks
 
-    ray_tasks(*arguments, **where)
+    bars = Bars(experiments, progress)
+    try:
+        ray_tasks(measure, experiments, evaluations, bars=bars, own=yours(experiments), retries=RETRIES, **where)
+    finally:
+        bars.close()
 
 
 ENGINES = {"local": None, "processes": processes, "ray": ray}

@@ -17,38 +17,20 @@ damaged one: "warn" uses the one and computes the other again, with a warning; "
 stops with an error and touches nothing.
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import io
 import json
-import os
-import re
 import warnings
-from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save
 
-from .checks import pick
-from .paths import home, write_atomically
+from .integrity import Checked, policy
+from .paths import home
 
-SUMS = "SHA256SUMS"
-POLICIES = ("warn", "recompute", "refuse")
 _told = []  # what the one warning of stale results in this process was about
-
-
-def policy():
-    """What KAFNB_STALE says; see above."""
-    return pick(POLICIES, os.environ.get("KAFNB_STALE", POLICIES[0]), "KAFNB_STALE")
-
-
-def _sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _changed(value):
@@ -70,80 +52,8 @@ def key_of(value, length=10):
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-class Folder:
-    """One experiment's folder. Use ``with folder.lock():`` around every sequence of read, compute, write."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    @contextlib.contextmanager
-    def lock(self):
-        """Inside, no other process writes here. A store that cannot be written to needs no lock to be read."""
-        if self.path.is_symlink():
-            raise ValueError(f"{self.path} is a link to somewhere else: results are written in the store only")
-        locks = self.path.parent / ".locks"
-        try:
-            locks.mkdir(parents=True, exist_ok=True)
-            # the operating system releases the lock when its process ends, however it ends
-            held = FileLock(locks / f"{self.path.name}.lock").acquire()
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise type(error)(f"cannot lock {self.path}: {error.strerror or error}") from error
-            held = contextlib.nullcontext()
-        with held:
-            for part in self.path.glob(".*.part"):  # of a process that was killed
-                with contextlib.suppress(OSError):
-                    part.unlink()
-            yield
-
-    def _sums(self):
-        path = self.path / SUMS
-        if not path.exists():
-            return {}
-        lines = path.read_text(errors="replace").splitlines()
-        pairs = [re.fullmatch(r"([0-9a-f]{64})  ([^./\\][^/\\]*)", line) for line in lines]
-        if not all(pairs):
-            self.set_aside(SUMS, "is not a list of checksums")
-            return {}
-        return {m[2]: m[1] for m in pairs}
-
-    def has(self, name):
-        """True if the file is there, listed and undamaged; one that is not as it should be is moved aside, or refused.
-
-        Raises
-        ------
-        ValueError
-            It is damaged, and KAFNB_STALE=refuse.
-        """
-        digest, path = self._sums().get(name), self.path / name
-        if not path.exists():
-            if digest:
-                self.set_aside(name, f"is missing, though {SUMS} lists it")
-            return False
-        if digest == (found := _sha256(path)):
-            return True
-        reason = f"does not match its checksum ({found[:10]}, listed {digest[:10]})" if digest else f"is not in {SUMS}"
-        self.set_aside(name, reason)
-        return False
-
-    def set_aside(self, name, reason):
-        """Warn of a file that cannot be used, and rename it so that it is out of the way; or refuse."""
-        path = self.path / name
-        if policy() == "refuse":
-            raise ValueError(f"{path} {reason}: KAFNB_STALE=refuse, so nothing was changed; 'warn' computes it again")
-        aside, number = path.with_name(f"{name}.damaged"), 1
-        while aside.exists():
-            number += 1
-            aside = path.with_name(f"{name}.damaged-{number}")
-        if there := path.exists():
-            try:
-                os.replace(path, aside)
-            except OSError as error:
-                raise type(error)(f"{path} {reason}; cannot write {aside}: {error.strerror or error}") from error
-        if name != SUMS and name in (sums := self._sums()):
-            self._write_sums({n: d for n, d in sums.items() if n != name})
-        moved = f"moved to {aside.name}, " if there else ""
-        warnings.warn(f"{path} {reason}: {moved}it will be computed again", stacklevel=4)
+class Folder(Checked):
+    """One experiment's folder: what each of its files is written and read by."""
 
     def by_this_code(self, name, code, now):
         """Whether to use a stored file that was computed by ``code``, where the code is ``now`` another; warns once."""
@@ -157,21 +67,6 @@ class Folder:
             more = "others in this process are not named. KAFNB_STALE=recompute computes them again, =refuse stops"
             warnings.warn(f"{text}: used as it is, and {more}", stacklevel=4)
         return chosen == "warn"
-
-    def digest(self, name):
-        """The listed checksum of a file, or None."""
-        return self._sums().get(name)
-
-    def write(self, name, write):
-        """Write one file through ``write(temporary_path)``, then list its checksum."""
-        write_atomically(self.path / name, write)
-        self._write_sums(self._sums() | {name: _sha256(self.path / name)})
-
-    def _write_sums(self, sums):
-        text = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
-        write_atomically(self.path / SUMS, lambda p: p.write_text(text))
-
-    # --- the files -------------------------------------------------------------------------------------------
 
     def write_json(self, name, value):
         self.write(name, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import kafnb
-from kafnb import Evaluation, Experiment, Recipe, evaluations, experiments
+from kafnb import Evaluation, Experiment, Recipe, evaluations, results
 from kafnb.store import Folder, key_of
 
 QUICK = Recipe("fgsm_rs", epochs=3, lr=(0.003, 0.3), eps=0.1)
@@ -46,7 +46,7 @@ def test_key_depends_on_what_matters_only():
 
 def test_train_once_then_load(store, monkeypatch):
     first = kafnb.run(MLP, [PGD], store=store)
-    monkeypatch.setattr(experiments, "fit", None)  # a second training would now be an error
+    monkeypatch.setattr(results, "fit", None)  # a second training would now be an error
     monkeypatch.setattr(evaluations, "robust_accuracy", None)
     second = kafnb.run(MLP, [PGD], store=store)
     assert first.drop(columns="correct").equals(second.drop(columns="correct"))

@@ -97,3 +97,8 @@ def test_two_processes_train_on_a_small_folder_and_one_resumes(tmp_path):
     ]
     again = imagenet.train(training, root, store=tmp_path / "alone")
     pd.testing.assert_frame_equal(again, resumed, check_dtype=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imagenet.loop, "code_fingerprint", lambda *modules: "0123456789")
+        patch.setenv("KAFNB_STALE", "refuse")
+        with pytest.raises(ValueError, match="other code"):
+            imagenet.train(training, root, store=tmp_path / "alone")

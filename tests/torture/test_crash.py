@@ -176,7 +176,7 @@ def test_read_only_disk(whole, small_disk, monkeypatch, note):
     assert finish(start(home)) == 0
     small_disk("ro,size=8m")
     monkeypatch.setenv("KAFNB_HOME", str(home))
-    monkeypatch.setattr("kafnb.experiments.fit", None)
+    monkeypatch.setattr("kafnb.results.fit", None)
     table = kafnb.run(victim.EXPERIMENTS, victim.EVALUATIONS)
     code, text = answer_of(home)  # gets as far as the figure
     new = kafnb.Evaluation("fgsm", eps=0.2)

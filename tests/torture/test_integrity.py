@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kafnb
-from kafnb import Evaluation, Experiment, Recipe, experiments, provenance, store
-from kafnb.store import SUMS, Folder
+from kafnb import Evaluation, Experiment, Recipe, integrity, provenance, store
+from kafnb import results as results_module
+from kafnb.integrity import SUMS
+from kafnb.store import Folder
 
 RECIPE = Recipe("fgsm_rs", epochs=1, lr=(0.003, 0.3), eps=0.1, batch_size=512)
 MLP = Experiment("digits", "mlp", "kaf_elu", RECIPE, 0, {"hidden": (8,)})
@@ -63,7 +65,7 @@ def contents(folder):
 def relist(folder, *names):
     """List what is there now, as a hostile or older file would be."""
     listed = Folder(folder)._sums()
-    Folder(folder)._write_sums(listed | {n: store._sha256(folder / n) for n in names})
+    Folder(folder)._write_sums(listed | {n: integrity._sha256(folder / n) for n in names})
 
 
 def rewrite(folder, name, change):
@@ -140,10 +142,10 @@ def test_refuse_names_it_and_touches_nothing(copy, monkeypatch, tries, note):
 
 
 def test_results_of_other_code_are_never_used_silently(whole, copy, monkeypatch):
-    trained, fit = [], experiments.fit
-    monkeypatch.setattr(experiments, "fit", lambda *a, **k: trained.append(1) or fit(*a, **k))
-    monkeypatch.setattr(experiments, "code_of", lambda *a: "0123456789")
-    monkeypatch.setattr(experiments, "code_fingerprint", lambda *a: "abcdefabcd")
+    trained, fit = [], results_module.fit
+    monkeypatch.setattr(results_module, "fit", lambda *a, **k: trained.append(1) or fit(*a, **k))
+    monkeypatch.setattr(results_module, "code_of", lambda *a: "0123456789")
+    monkeypatch.setattr(results_module, "code_fingerprint", lambda *a: "abcdefabcd")
     results = copy()
     before = contents(results / MLP.name)
     made = json.loads(before["experiment.json"])["code"]
@@ -167,7 +169,7 @@ def test_results_of_other_code_are_never_used_silently(whole, copy, monkeypatch)
         kafnb.run(MLP, [FGSM], store=results)
     assert trained == [1]
     monkeypatch.setenv("KAFNB_STALE", "perhaps")
-    monkeypatch.setattr(experiments, "code_of", lambda *a: "9876543210")
+    monkeypatch.setattr(results_module, "code_of", lambda *a: "9876543210")
     with pytest.raises(ValueError, match="unknown KAFNB_STALE"):
         kafnb.run(MLP, store=results)
 
@@ -270,17 +272,17 @@ def test_a_users_own_activation_is_part_of_the_code(monkeypatch):
 
     monkeypatch.setitem(kafnb.ACTIVATIONS, "mine", mine)
     own = dataclasses.replace(MLP, activation="mine")
-    first = experiments._code(own)
-    assert first == experiments._code(own) != experiments._code(MLP)
+    first = results_module.weights_code(own)
+    assert first == results_module.weights_code(own) != results_module.weights_code(MLP)
 
     class Second(torch.nn.Module):
         def forward(self, x):
             return x + 0.2 * x**3
 
     First = Second  # noqa: F811 (the same function makes another module now)
-    assert experiments._code(own) != first
+    assert results_module.weights_code(own) != first
     monkeypatch.setitem(kafnb.ACTIVATIONS, "kaf_16", lambda channels: kafnb.KAF(channels, dictionary_size=16))
-    assert experiments._code(dataclasses.replace(MLP, activation="kaf_16")) == experiments._code(
+    assert results_module.weights_code(dataclasses.replace(MLP, activation="kaf_16")) == results_module.weights_code(
         dataclasses.replace(MLP, activation="kaf_16")
     )
 
@@ -314,7 +316,7 @@ def test_a_checkpoint_that_claims_to_be_ours_and_does_not_fit_is_refused_in_one_
     folder = tmp_path / MLP.name
     folder.mkdir()
     data = kafnb.load_data("digits")
-    state = {"code": experiments._code(MLP), "data": data.fingerprint, "model": {}, "history": 3}
+    state = {"code": results_module.weights_code(MLP), "data": data.fingerprint, "model": {}, "history": 3}
     Folder(folder).write("checkpoint-00001.pt", lambda p: torch.save(state, p))
     with pytest.raises(ValueError, match="resume is not a state") as error:
         kafnb.run(MLP, store=tmp_path)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 import kafnb
-from kafnb import Evaluation, Experiment, Recipe, experiments
+from kafnb import Evaluation, Experiment, Recipe, results
 
 EXPERIMENTS = [
     Experiment("digits", "mlp", "kaf_elu", Recipe("fgsm_rs", epochs=4, lr=(0.003, 0.3), eps=0.1), 0, {"hidden": (16,)}),
@@ -92,14 +92,14 @@ def race(home, order, gate):
     """Run the experiments in this order, at once with others; each training leaves a line in trained.log."""
     torch.set_num_threads(1)
     os.environ["KAFNB_HOME"] = str(home)
-    fit = experiments.fit
+    fit = results.fit
 
     def noted(model, data, recipe, **options):
         with open(Path(home) / "trained.log", "a") as log:
             log.write(f"{recipe.method} {options['seed']}\n")
         return fit(model, data, recipe, **options)
 
-    experiments.fit = noted
+    results.fit = noted
     gate.wait()
     kafnb.run([EXPERIMENTS[i] for i in order], EVALUATIONS)
 
@@ -120,7 +120,8 @@ def snapshot(home):
 
 def unsound(home):
     """Names of stored files that are there, listed, and not what the list says."""
-    from kafnb.store import Folder, _sha256
+    from kafnb.integrity import _sha256
+    from kafnb.store import Folder
 
     bad = []
     for folder in (p for p in (Path(home) / "results").glob("[!.]*") if p.is_dir()):

@@ -1,0 +1,30 @@
+"""Command line: ``torchrun ... -m kafnb.imagenet ROOT``."""
+
+import argparse
+
+import torch
+
+from .. import imagenet
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m kafnb.imagenet", description=imagenet.__doc__.splitlines()[0])
+    parser.add_argument("root", nargs="+", help="a tree train/<class>/*, test/<class>/*; of several, one a phase")
+    parser.add_argument("--activation", default="relu")
+    parser.add_argument("--eps", type=float, default=4, help="in 255ths")
+    parser.add_argument("--workers", type=int, default=8, help="decoding processes of each training process")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sync-batchnorm", action="store_true")
+    parser.add_argument("--small", action="store_true", help="the same code at a size for a CPU")
+    parser.add_argument("--store")
+    a = parser.parse_args(argv)
+    chosen = imagenet.Training(a.activation, a.eps / 255, classes=len(imagenet.images(a.root[-1], True, 32).classes))
+    chosen = imagenet.small(chosen, chosen.classes) if a.small else chosen
+    where = dict(device=a.device, workers=a.workers, store=a.store, sync_batchnorm=a.sync_batchnorm)
+    history = imagenet.train(chosen, a.root, **where)
+    if history is not None:
+        print(history.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
