@@ -20,7 +20,9 @@ keep: .venv/ready
 paper: .venv/ready
 	$(RUN) -m kafnb figures --profile paper $(ARGS)
 
-test: .venv/ready
+# with a chromium on the machine the book is built too, and looked at
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test: .venv/ready $(if $(CHROMIUM),book)
 	$(THREADS) $(RUN) -m pytest --nbval -n $(WORKERS) tests notebooks
 
 bench: .venv/ready

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .grid import chunks
 
-STRIDE = 5  # powers r^0 .. r^4 are stored, r^(5q) link the groups
+STRIDE = 5  # powers r^0 .. r^4 are stored, R = r^5 links the groups
 BLOCK = 65_536  # elements worked on at a time
 KEEP = 2**24  # largest workspace, in elements, that a thread keeps
 
@@ -28,9 +28,9 @@ class _Workspace:
     (Asking the allocator for fresh pages at every call costs more than the arithmetic on small layers.)
     """
 
-    def __init__(self, channels, elements, grid, x, dtype, inner=0):
-        self.groups = max(c.groups for c in _chunks(grid))
-        rows = (1, 1, 1, 1, 1, STRIDE, self.groups, inner * self.groups)
+    def __init__(self, channels, elements, grid, x, dtype, inner=1):
+        groups = max(c.groups for c in _chunks(grid))
+        rows = (1, 1, 1, STRIDE, inner * groups)
         size = channels * elements * sum(rows)
         key = f"{x.device}-{dtype}"
         arena = getattr(_arenas, key, None)
@@ -39,43 +39,51 @@ class _Workspace:
             if size <= KEEP:
                 setattr(_arenas, key, arena)
         parts = arena[:size].split([channels * elements * r for r in rows])
-        self.u, self.t, self.r, self.f, self.d = (p.view(channels, elements) for p in parts[:5])
-        self.low, self.high, self.inner = (p.view(channels, -1, elements) for p in parts[5:])
+        self.u, self.t, self.r = (p.view(channels, elements) for p in parts[:3])
+        self.low, self.high = (p.view(-1, channels, elements) for p in parts[3:])  # slices of one power lie together
+        self.inner = parts[4].view(channels, -1, elements)  # the same memory, as a matrix product wants it
+        # r = 2^u and e = 2^(-kappa u^2), as PyTorch's exp2 takes a quarter of exp's time; at u = +-far e is 0, r finite
+        self.scale = 2 * grid.gamma * grid.spacing / math.log(2)
+        self.kappa = grid.gamma / (2 * self.scale**2) / math.log(2)
+        limits = torch.finfo(dtype)
+        self.far = math.sqrt((2 - math.log2(limits.tiny) - math.log2(limits.eps)) / self.kappa)
         self.zero = torch.zeros((), dtype=dtype, device=x.device)
 
-    def factors(self, x, chunk, grid, g=None):
-        """u, and the two factors of the kernels: low e r^s (times g), high e r^(4q), with e = exp(-gamma u^2 / 2)."""
-        n, c, length = x.shape
-        u, t, r = (v[:, : n * length] for v in (self.u, self.t, self.r))
-        low, high = self.low[..., : n * length], self.high[:, : chunk.groups, : n * length]
-        if x.dtype == u.dtype:
-            torch.sub(x.transpose(0, 1), chunk.centre, out=u.view(c, n, length))
-        else:
-            u.view(c, n, length).copy_(x.transpose(0, 1))
-            u.sub_(chunk.centre)
-        smallest = math.log(torch.finfo(u.dtype).tiny)
-        torch.addcmul(self.zero, u, u, value=-grid.gamma / 2, out=t)
-        F.threshold_(t, smallest, -math.inf)  # e is normal or zero, never a (slow) denormal
-        highs = list(high.unbind(1))
+    def factors(self, x, chunk, g=None):
+        """For x and g (C, n, l): u, a multiple of x - c; g e r^s for s < 5, as (C, 5, elements); R = r^5, and 1/R.
+
+        With g also e, in the middle of ``high``.
+        """
+        size = x.shape[1] * x.shape[2]
+        u, t, r, low = (v[..., :size] for v in (self.u, self.t, self.r, self.low))
+        if x.dtype != u.dtype:
+            x = u.view(x.shape).copy_(x)
+        torch.add(self.zero - self.scale * chunk.centre, x, alpha=self.scale, out=u.view(x.shape))
+        u.clamp_(-self.far, self.far)
+        torch.addcmul(self.zero, u, u, value=-self.kappa, out=t)
         if g is None:
-            highs[chunk.middle] = torch.exp(t, out=low[:, 0])
+            torch.exp2(t, out=low[0])
         else:
-            low[:, 0].view(c, n, length).copy_(g.transpose(0, 1))
-            low[:, 0].mul_(torch.exp(t, out=highs[chunk.middle]))
-        reach = math.sqrt(-2 * smallest / grid.gamma)  # where e becomes zero; r stays finite from there on
-        u.clamp_(-reach, reach)
-        torch.mul(u, 2 * grid.gamma * grid.spacing, out=r).exp_()
+            e = torch.exp2(t, out=self.high[chunk.middle, :, :size])
+            torch.mul(e.view(x.shape), g, out=low[0].view(x.shape))
+        torch.exp2(u, out=r)
         for s in range(1, STRIDE):
-            torch.mul(low[:, s - 1], r, out=low[:, s])
+            torch.mul(low[s - 1], r, out=low[s])
+        link = back = None
         if chunk.groups > 1:
-            link = torch.mul(r, r, out=t).square_().mul_(r)  # r^STRIDE
-            for q in range(chunk.middle + 1, chunk.groups):
-                torch.mul(highs[q - 1], link, out=highs[q])
-            if chunk.middle:
-                link.reciprocal_()
-            for q in range(chunk.middle - 1, -1, -1):
-                torch.mul(highs[q + 1], link, out=highs[q])
-        return u, t, low, high, highs
+            link = torch.mul(r, r, out=t).square_().mul_(r)
+            back = torch.reciprocal(link, out=r) if chunk.middle else None
+        return u, low.transpose(0, 1), link, back
+
+
+def _joined(inner, chunk, link, back):
+    """sum over q of inner_q R^(q - middle), in place of the middle group (Horner's rule from both ends)."""
+    middle = inner[chunk.middle]
+    for q in range(chunk.groups - 2, chunk.middle - 1, -1):
+        inner[q].addcmul_(inner[q + 1], link)
+    for q in range(1, chunk.middle + 1):
+        inner[q].addcmul_(inner[q - 1], back)
+    return middle
 
 
 def _coefficients(alpha, chunk, grid, want_slope):
@@ -88,65 +96,69 @@ def _coefficients(alpha, chunk, grid, want_slope):
 
 
 def _flat(x):
-    """x as (N, C, L)."""
-    return x.reshape(*x.shape[:2], -1) if x.numel() else x.new_empty(0, x.shape[1], 1)
+    """x as (C, N, L)."""
+    return (x.reshape(*x.shape[:2], -1) if x.numel() else x.new_empty(0, x.shape[1], 1)).transpose(0, 1)
 
 
-def _tiles(n, c, length):
-    """Pairs of slices, over examples and over places, of at most BLOCK elements; the first is the largest."""
+def _tiles(c, n, length):
+    """Pairs of slices, over examples and over places, of at most BLOCK elements; and the largest's elements."""
     wide = min(length, max(1, BLOCK // c))
     tall = max(1, min(n, BLOCK // (c * wide)))
     return [
-        (slice(i, i + tall), slice(j, j + wide)) for i in range(0, n, tall) for j in range(0, length, wide)
+        (slice(None), slice(i, i + tall), slice(j, j + wide)) for i in range(0, n, tall) for j in range(0, length, wide)
     ], tall * wide
 
 
 def forward(x, alpha, grid, want_slope):
     """f and df/dx (None unless wanted), the latter in alpha's type."""
     flat = _flat(x)
-    n, c, length = flat.shape
-    out, slope = torch.empty_like(flat), torch.empty_like(flat, dtype=alpha.dtype) if want_slope else None
-    tiles, largest = _tiles(n, c, length)
-    work = _Workspace(c, largest, grid, x, alpha.dtype, inner=1 + want_slope)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    slope = torch.empty_like(out, dtype=alpha.dtype) if want_slope else None
+    tiles, largest = _tiles(*flat.shape)
+    work = _Workspace(len(flat), largest, grid, x, alpha.dtype, inner=1 + want_slope)
     plan = [(chunk, _coefficients(alpha, chunk, grid, want_slope)) for chunk in _chunks(grid)]
+    flat_out, flat_slope = _flat(out), _flat(slope) if want_slope else None
     for tile in tiles:
-        xb = flat[tile[0], :, tile[1]]
-        size, shape = xb.shape[0] * xb.shape[2], (c, xb.shape[0], xb.shape[2])
-        f, d = work.f[:, :size], work.d[:, :size]
+        xb, f = flat[tile], flat_out[tile]
+        wide = f.dtype != alpha.dtype  # half precision: summed in float32
+        f = torch.empty_like(f, dtype=alpha.dtype) if wide else f
         for chunk, a in plan:
-            u, part, low, _, highs = work.factors(xb, chunk, grid)
-            inner = torch.bmm(a, low, out=work.inner[:, : a.shape[1], :size])  # (C, groups, 5) x (C, 5, size)
+            u, low, link, back = work.factors(xb, chunk)
+            inner = torch.bmm(a, low, out=work.inner[:, : a.shape[1], : u.shape[1]])  # (C, groups, 5) x (C, 5, size)
+            inner = inner.unbind(1)
+            e, total = low[:, 0].view(f.shape), _joined(inner[: chunk.groups], chunk, link, back)
             first = chunk.start == 0
-            part = torch.mul(highs[0], inner[:, 0], out=f if first else part)
-            for q in range(1, chunk.groups):
-                part.addcmul_(highs[q], inner[:, q])
-            if want_slope:  # f' = 2 gamma (spacing sum m alpha k - u f)
-                if first:
-                    torch.mul(highs[0], inner[:, chunk.groups], out=d)
-                for q in range(first, chunk.groups):
-                    d.addcmul_(highs[q], inner[:, chunk.groups + q])
-                d.addcmul_(u, part, value=-2 * grid.gamma)
-            if not first:
-                f.add_(part)
-        out[tile[0], :, tile[1]].copy_(f.view(shape).transpose(0, 1))
-        if want_slope:
-            slope[tile[0], :, tile[1]].copy_(d.view(shape).transpose(0, 1))
-    return out.view(x.shape), slope.view(x.shape) if want_slope else None
+            _add(f, e, total.view(f.shape), first)
+            if want_slope:  # f' = 2 gamma (spacing sum m alpha k - (x - c) f)
+                moment = _joined(inner[chunk.groups :], chunk, link, back)
+                moment.addcmul_(u, total, value=-2 * grid.gamma / work.scale)
+                _add(flat_slope[tile], e, moment.view(f.shape), first)
+        if wide:
+            flat_out[tile].copy_(f)
+    return out, slope
+
+
+def _add(out, a, b, first):
+    """out = a b for the first chunk, out + a b for the others."""
+    torch.mul(a, b, out=out) if first else out.addcmul_(a, b)
 
 
 def correlation(x, g, grid, dtype):
     """h_ci = sum g k(x, d_i), (C, D), in ``dtype``."""
-    flat = _flat(x)
-    n, c, length = flat.shape
-    g = g.reshape(flat.shape)
-    tiles, largest = _tiles(n, c, length)
+    flat, g = _flat(x), _flat(g)
+    c = len(flat)
+    tiles, largest = _tiles(*flat.shape)
     work = _Workspace(c, largest, grid, x, dtype)
     sums = [torch.zeros(c, chunk.groups, STRIDE, dtype=dtype, device=x.device) for chunk in _chunks(grid)]
     for tile in tiles:
-        xb, gb = flat[tile[0], :, tile[1]], g[tile[0], :, tile[1]]
         for chunk, h in zip(_chunks(grid), sums, strict=True):
-            _, _, low, high, _ = work.factors(xb, chunk, grid, gb)
-            h.baddbmm_(high, low.transpose(1, 2))
+            u, low, link, back = work.factors(flat[tile], chunk, g[tile])
+            high = work.high[: chunk.groups, :, : u.shape[1]]
+            for q in range(chunk.middle + 1, chunk.groups):
+                torch.mul(high[q - 1], link, out=high[q])
+            for q in range(chunk.middle - 1, -1, -1):
+                torch.mul(high[q + 1], back, out=high[q])
+            h.baddbmm_(high.transpose(0, 1), low.transpose(1, 2))
     parts = [
         (h.view(c, -1) * h.new_tensor(chunk.weights))[:, : chunk.stop - chunk.start]
         for chunk, h in zip(_chunks(grid), sums, strict=True)

@@ -14,48 +14,9 @@ Two functions that call each other are therefore enough, at the memory of the fi
 import torch
 
 from . import compiled as grid_compiled
-from . import eager as grid_eager
+from . import dispatch
 from .channels import column, fold, per_channel, unfold_images
 from .grid import points
-
-# --- the evaluation that serves a tensor on an even grid ---------------------------------------------------------
-
-
-def _triton(x):
-    """The module of CUDA kernels if it can serve x, else None."""
-    if not x.is_cuda:
-        return None
-    try:
-        from . import fused as grid_triton
-    except ImportError:  # a torch without Triton: the eager evaluation runs on CUDA as well
-        return None
-    return grid_triton if grid_triton.usable(x) else None
-
-
-def _grid_forward(x, alpha, grid, want_slope):
-    """f, and df/dx in alpha's type where ``_grid_gradients`` will want it again (on CUDA it does not)."""
-    if kernels := _triton(x):
-        return kernels.forward(x, alpha, grid), None
-    return grid_eager.forward(x, alpha, grid, want_slope)
-
-
-def _grid_correlation(x, g, grid, dtype):
-    """h_ci = sum over n, * of g k(x, d_i), (C, D), in ``dtype``."""
-    if kernels := _triton(x):
-        alpha = torch.zeros(x.shape[1], grid.size, dtype=dtype, device=x.device)
-        return kernels.gradients(g, x, alpha, grid, need_x=False)[1]
-    return grid_eager.correlation(x, g, grid, dtype)
-
-
-def _grid_gradients(g, x, alpha, grid, slope, need_x, need_alpha):
-    """First derivatives of sum(g f) in x and alpha, None where not needed."""
-    if kernels := _triton(x):
-        return kernels.gradients(g, x, alpha, grid, need_x, need_alpha)
-    if need_x and slope is None:
-        slope = grid_eager.forward(x, alpha, grid, True)[1]
-    dx = (g * slope).to(x.dtype) if need_x else None
-    return dx, grid_eager.correlation(x, g, grid, alpha.dtype) if need_alpha else None
-
 
 # --- as functions of autograd ----------------------------------------------------------------------------------
 
@@ -66,7 +27,7 @@ class _Gaussian(torch.autograd.Function):
     @staticmethod
     def forward(x, alpha, dictionary, gamma, grid, want_slope):
         if grid is not None:
-            return _grid_forward(x, alpha, grid, want_slope)
+            return dispatch.forward(x, alpha, grid, want_slope)
         scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
         out, slope = torch.zeros_like(x), torch.zeros_like(x) if want_slope else None
         for i in range(alpha.shape[1]):
@@ -103,7 +64,7 @@ class _Correlation(torch.autograd.Function):
     @staticmethod
     def forward(x, g, dictionary, gamma, grid):
         if grid is not None:
-            return _grid_correlation(x, g, grid, dictionary.dtype)
+            return dispatch.correlation(x, g, grid, dictionary.dtype)
         scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
         dims = [d for d in range(x.ndim) if d != 1]
         columns = [
@@ -138,7 +99,7 @@ def _gradients(g, x, alpha, dictionary, gamma, grid, slope, needs):
     need_x, need_alpha, need_d, need_gamma = needs[:4]
     if not torch.is_grad_enabled():  # no derivative of these is wanted: the fast ways
         if grid is not None:
-            return *_grid_gradients(g, x, alpha, grid, slope, need_x, need_alpha), None, None
+            return *dispatch.gradients(g, x, alpha, grid, slope, need_x, need_alpha), None, None
         return _free_gradients(g, x, alpha, dictionary, gamma, slope)
     dx = dalpha = dd = dgamma = None
     if need_x:
