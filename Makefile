@@ -6,8 +6,9 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-# one thread a process, one process a core: small tensors gain nothing from more
-THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# one thread a process, one process a core: small tensors gain nothing from more; and glibc keeps freed memory, as
+# handing it back makes each large tensor touch fresh pages
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=33554432
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 
 .PHONY: figures keep test test-browser torture bench lab book paper lint clean

@@ -1,10 +1,9 @@
-"""The even-grid mixture for ``torch.compile``: one fused pass forward; backward, the sums of the eager evaluation."""
+"""The even-grid mixture for ``torch.compile``: one fused pass forward, the sums backward in one loop."""
 
 import math
 
 import torch
 
-from . import dispatch
 from .grid import chunks, parsed
 
 
@@ -63,19 +62,31 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, g, _):
         x, alpha, slope = ctx.saved_tensors
         dx = (g * slope).to(x.dtype)
-        return dx, correlation(x, g, alpha, ctx.text) if ctx.needs_input_grad[1] else None, None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        # behind the barrier the D sums below are one loop of their own; fused with what stands around them in a
+        # network (batch normalisation's sums), the compiler makes D loops
+        x, g = barrier(x.to(alpha.dtype), g.to(alpha.dtype))
+        grid, dims, columns = parsed(ctx.text), [d for d in range(x.ndim) if d != 1], []
+        for chunk in chunks(grid, 4):
+            _, low, high = _powers(x, chunk, grid)
+            low = [g * v for v in low]
+            for j in range(chunk.stop - chunk.start):
+                columns.append((low[j % 4] * high[j // 4]).sum(dims) * chunk.weights[j])
+        return dx, torch.stack(columns, 1), None
 
 
-@torch.library.custom_op("kafnb::correlation", mutates_args=())
-def correlation(x: torch.Tensor, g: torch.Tensor, alpha: torch.Tensor, text: str) -> torch.Tensor:
-    """h_ci = sum g k(x, d_i), shape and type as alpha's: D sums, for which the matrix products of the eager evaluation
-    are quicker than the loops that the compiler makes."""
-    return dispatch.correlation(x, g, parsed(text), alpha.dtype)
+@torch.library.custom_op("kafnb::barrier", mutates_args=())
+def barrier(x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies that the compiler cannot see through."""
+    return x.contiguous().clone(), g.contiguous().clone()
 
 
-@correlation.register_fake
-def _(x, g, alpha, text):
-    return torch.empty_like(alpha, memory_format=torch.contiguous_format)
+@barrier.register_fake
+def _(x, g):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(
+        g, memory_format=torch.contiguous_format
+    )
 
 
 def fused(x, alpha, text):
