@@ -40,6 +40,8 @@ class Profile:
         Highest learning rate, where a notebook names none.
     vgg_lr : dict
         Activation -> highest learning rate of the VGG-inspired network, for which the thesis has one each.
+    adam : dict
+        Model -> learning rate, of those that train with Adam.
     images : int or None
         Test images that attacks are scored on; None for all.
     steps, restarts : int
@@ -61,6 +63,7 @@ class Profile:
     augment: str
     precision: str
     vgg_lr: dict
+    adam: dict = dataclasses.field(default_factory=dict)
     needs_gpu: bool = False
 
     @property
@@ -72,8 +75,10 @@ class Profile:
         """The thesis' recipe for a model in this profile, with the named fields changed.
 
         SGD without momentum, one-cycle triangular rate from ``lr`` / 100 up to ``lr``; without ``lr`` the profile's,
-        for "vgg" that of the ``activation``.
+        for "vgg" that of the ``activation``. Models in ``adam`` (the light CNN of chapter 4, not in ``quick``): Adam
+        at a constant rate, unless ``lr`` is given.
         """
+        adam = self.adam.get(model) if lr is None else None
         if lr is None:
             lr = self.vgg_lr.get(activation, self.lr) if model == "vgg" else self.lr
         models.maker(model)
@@ -82,6 +87,8 @@ class Profile:
             method=method, epochs=epochs, eps=self.eps, lr=(lr / 100, lr), batch_size=self.batch_size,
             augment=self.augment if model.startswith("resnet") else "none", precision=self.precision,
         )  # fmt: skip
+        if adam is not None:
+            defaults |= dict(optimizer="adam", lr=(adam, adam), schedule="constant")
         return Recipe(**defaults | changes)
 
     def evaluation(self, labels="true", attack="pgd", **changes):
@@ -104,12 +111,13 @@ PROFILES = {
         "small", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 12, "resnet": 12},
         batch_size=128, lr=0.1,
         images=1000, steps=50, restarts=2, seeds=1, augment="crop_flip", precision="float32", vgg_lr=_THESIS_VGG,
+        adam={"light_cnn": 0.001},
     ),
     "paper": Profile(
         "paper", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 60, "resnet": 80},
         batch_size=128, lr=0.1,
         images=None, steps=50, restarts=10, seeds=3, augment="crop_flip", precision="bfloat16", vgg_lr=_THESIS_VGG,
-        needs_gpu=True,
+        adam={"light_cnn": 0.001}, needs_gpu=True,
     ),
 }  # fmt: skip
 
