@@ -1,11 +1,15 @@
 """One style for every figure, and ``save_figure``: a picture, its numbers and where they came from."""
 
 import json
+import warnings
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from filelock import FileLock
+from matplotlib.colors import to_rgb, to_rgba_array
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 
 from .alttext import describe
@@ -45,6 +49,19 @@ def line(activation):
     return kind | {"linestyle": "--" if activation.startswith("kaf_") else "-"}
 
 
+def wrong_colours(figure):
+    """Labels of lines, points and bars that name an activation but are drawn in another colour than its own."""
+    own, odd = {LABELS[a]: to_rgb(color) for a, (color, _) in STYLES.items()}, []
+    for ax in figure.axes:
+        for artist, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            part = artist[0] if isinstance(artist, Container) else artist
+            if label in own and part is not None:
+                colors = to_rgba_array(part.get_color() if hasattr(part, "get_color") else part.get_facecolor())
+                if len(colors) and not np.allclose(colors[0, :3], own[label], atol=0.01):
+                    odd.append(label)
+    return odd
+
+
 def use_style():
     """Set matplotlib's parameters for all figures."""
     mpl.rcParams.update(
@@ -75,6 +92,8 @@ def save_figure(figure, name, table, folder, alt=None, **provenance):
     instance(figure, Figure, "figure")
     if not isinstance(table, pd.DataFrame) or table.empty:
         raise ValueError(f"figure {name} needs the numbers it draws as a non-empty DataFrame")
+    if odd := wrong_colours(figure):
+        warnings.warn(f"figure {name}: {', '.join(odd)} not in the colour that kafnb.figures.style gives", stacklevel=2)
     folder = Path(folder)
     alt = alt or describe(figure)
     figure._repr_mimebundle_ = lambda include=None, exclude=None: ({}, {"image/png": {"alt": alt}})  # asked by IPython

@@ -50,3 +50,17 @@ def test_every_activation_has_its_own_look():
     named = set(ACTIVATIONS) - {"identity"}
     assert named <= set(figures.STYLES) and named <= set(figures.LABELS)
     assert len({figures.STYLES[n] for n in named}) == len(named)
+
+
+def test_an_activation_in_another_colour_is_noticed(figure, tmp_path):
+    ax, table = figure.axes[0], pd.DataFrame({"x": [1]})
+    ax.plot([1], **figures.style("relu"))
+    ax.plot([1, 2], **figures.line("kaf_elu"))
+    ax.bar([1], [2], color=figures.style("swish")["color"], label="Swish")
+    ax.errorbar([1], [2], [1], **figures.style("kaf"))
+    ax.scatter([1], [2], color="none", edgecolor="k", label="tanh")
+    assert figures.wrong_colours(figure) == []
+    ax.bar([1], [2], color="#123456", label="ELU")
+    ax.axhline(1, color="#777777", label="GELU")
+    with pytest.warns(UserWarning, match="figure a: GELU, ELU not in the colour"):
+        figures.save_figure(figure, "a", table, tmp_path)
