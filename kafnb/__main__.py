@@ -9,8 +9,15 @@ if sys.version_info < (3, 11):  # noqa: UP036  (pip checks it, a bare clone does
 import argparse
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line, whatever line ends the arguments hold."""
+
+    def error(self, message):
+        super().error(" ".join(message.split()))
+
+
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m kafnb", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="python -m kafnb", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     figures = commands.add_parser("figures", help="run the notebooks and write their figures")
     figures.add_argument("--profile", default="quick", choices=("quick", "small", "paper"))

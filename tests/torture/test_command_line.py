@@ -43,6 +43,7 @@ def test_any_command_line(home, capsys, monkeypatch, note):
     @given(lines)
     @example(["figures", "--data-root", "\0"])
     @example(["figures", "--seed", "9" * 5000])
+    @example(["figures", "\x1c0"])
     def ask(arguments):
         nonlocal tried
         tried += 1
