@@ -44,7 +44,7 @@ _whole.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
 
 def main(argv=None):
     args = _parser().parse_args(argv)
-    from . import dryrun
+    from . import dryrun, summary
     from .notebooks import keep_outputs, run_notebooks
     from .profiles import resolve_device
 
@@ -68,6 +68,8 @@ def main(argv=None):
         for o in outcomes:
             if args.keep and not o.error:
                 keep_outputs(o.name)
+        if args.keep or (args.profile != "quick" and not args.dry_run):
+            summary.write()
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"kafnb: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

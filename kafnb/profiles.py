@@ -96,7 +96,7 @@ class Profile:
         defaults = dict(eps=self.eps, step_size=self.step_size, steps=self.steps, restarts=self.restarts, n=self.images)
         if attack == "fgsm":
             defaults = dict(eps=self.eps, n=self.images)
-        return Evaluation(attack, labels=labels, **defaults | changes)
+        return shorten(Evaluation(attack, labels=labels, **defaults | changes))
 
 
 _THESIS_VGG = {activation: row[1] for activation, row in thesis.VGG.items()}

@@ -1,0 +1,69 @@
+"""The README's results, written from the tables of figures/<profile>/: nothing in them is typed."""
+
+import pandas as pd
+
+from . import thesis
+from .figures import LABELS, read_manifest
+from .paths import home, write_atomically
+
+BEGIN, END = "<!-- results: written from figures/ by python -m kafnb figures --keep -->\n", "<!-- end of results -->"
+# network, the stored table, what the thesis has of it
+TABLES = [
+    ("light CNN, standard training (09)", "09_activation_distributions_scores", thesis.LIGHT_CNN),
+    ("VGG-inspired, FGSM-RS (12)", "12_vgg_evaluation_scatter", {k: v[2:] for k, v in thesis.VGG.items()}),
+    ("ResNet20, FGSM-RS (14)", "14_resnet20_evaluation_scatter", {k: v[2:] for k, v in thesis.RESNET20.items()}),
+]
+
+
+def _markdown(table):
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def scores(table, said):
+    """Per cent with 95 % intervals, a row an activation: clean, attacked with true and with predicted labels; thesis.
+
+    Of several seeds the means.
+    """
+    rows = []
+    for activation, runs in table.groupby("activation", sort=False):
+        row = {"": LABELS.get(activation, activation)}
+        for labels in ("none", "true", "predicted"):
+            r = runs[runs.labels == labels]
+            row[labels] = f"{100 * r.rate.mean():.1f} [{100 * r.low.mean():.1f}, {100 * r.high.mean():.1f}]"
+        clean, robust = said.get(activation, ("", ""))
+        rows.append(row | {"thesis, CIFAR-10: clean": clean, "attacked": robust})
+    words = {"none": "clean", "true": "attacked, true labels", "predicted": "attacked, predicted labels"}
+    return pd.DataFrame(rows).rename(columns=words)
+
+
+def results(profile):
+    """The section for one profile, in markdown; empty where it has no tables."""
+    folder, parts = home() / "figures" / profile, []
+    drawn = read_manifest(folder).get("figures", {})
+    for title, name, said in TABLES:
+        if (folder / f"{name}.csv").exists():
+            table = pd.read_csv(folder / f"{name}.csv")
+            table = table[table.metric.str.startswith(("clean", "PGD"))]
+            attack, n = table[table.labels == "true"].iloc[0][["metric", "n"]]
+            size = f"{drawn.get(name, {}).get('data', table.data.iloc[0])}, n = {n} attacked"
+            seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
+            parts.append(f"{title}, {attack.split(' (')[0]}, {size}, {seeds}:\n\n{_markdown(scores(table, said))}")
+    if (folder / "18_conclusions_claims.csv").exists():
+        verdicts = pd.read_csv(folder / "18_conclusions_claims.csv").verdict.value_counts()
+        words = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
+        parts.append(f"Of {verdicts.sum()} differences between activations in the thesis, here (18): {words}.\n")
+    return f"### Profile `{profile}`\n\n" + "\n".join(parts) if parts else ""
+
+
+def section():
+    """All profiles, the largest first."""
+    return "\n".join(filter(None, map(results, ("paper", "small", "quick"))))
+
+
+def write():
+    """Put ``section()`` between the two marks in README.md."""
+    path = home() / "README.md"
+    text = path.read_text()
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    write_atomically(path, lambda p: p.write_text(head + BEGIN + section() + END + tail))
