@@ -18,7 +18,7 @@ Table of contents, in the order of the story:
     compare, thesis, errata               paired tests; what the thesis reports, and its own ways
     figures, diagrams, alttext, poster    pictures, and pictures in words
     views, widgets                        sliders above a picture
-    notebooks, findings, dryrun, summary  running it all, with checks that report, at full size or dry; the README's tables
+    notebooks, findings, dryrun, summary  running it all, at full size or dry; checks that report; README tables
 """
 
 from . import (
