@@ -109,7 +109,11 @@ class Checked:
     def write(self, name, write):
         """Write one file through ``write(temporary_path)``, then list its checksum."""
         write_atomically(self.path / name, write)
-        self._write_sums(self._sums() | {name: _sha256(self.path / name)})
+        try:
+            self._write_sums(self._sums() | {name: _sha256(self.path / name)})
+        except OSError:  # not listed it does not count; each new try would move one more aside, on a disk that is full
+            (self.path / name).unlink(missing_ok=True)
+            raise
 
     def _write_sums(self, sums):
         text = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))

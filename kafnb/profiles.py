@@ -199,7 +199,7 @@ class Session:
     def run(self, runs, evaluations=()):
         """``kafnb.run`` on this session's engine, device and store."""
         where = self._where() | dict(device=self.workers_device, engine=self.engine, address=self.address)
-        return experiments.run(runs, [shorten(e) for e in evaluations], **where)
+        return experiments.run(runs, dict.fromkeys(shorten(e) for e in evaluations), **where)
 
     def load(self, experiment):
         """``kafnb.load`` on this session's device and store."""
