@@ -98,7 +98,8 @@ def load_data(spec, root=None):
     ----------
     spec : str
         "digits" (scikit-learn's, 8x8 grey, no download), "cifar10" (torchvision, downloaded and its checksum
-        verified) or "folder:PATH" (any tree train/<class>/*, test/<class>/* of images of one size).
+        verified) or "folder:PATH" (any tree train/<class>/*, test/<class>/* of images of one size); with ":validation"
+        behind it, the training set alone, its last tenth in place of the test set: for every choice that is made.
     root : path, optional
         Where cifar10 is kept or put; default ``data/`` in the checkout.
 
@@ -113,6 +114,8 @@ def load_data(spec, root=None):
 
 @functools.lru_cache(maxsize=2)
 def _load(spec, root):
+    if spec.endswith(":validation"):
+        return _load(spec.removesuffix(":validation"), root).validation_split()
     if spec == "digits":
         return _digits()
     if spec == "cifar10":
