@@ -37,6 +37,17 @@ def scores(table, said):
     return pd.DataFrame(rows).rename(columns=words)
 
 
+def race(table):
+    """Of notebook 14's race: accuracies, parameters, and points over ReLU on the same images with their interval."""
+    attacked = next(c for c in table.columns if c.startswith("PGD"))
+    points = [
+        "" if pd.isna(r.low) else f"{r.points:+.1f} [{r.low:+.1f}, {r.high:+.1f}]"
+        for r in table.rename(columns={"points over ReLU": "points"}).itertuples()
+    ]
+    shown = table[["contender", "clean", attacked, "parameters"]].assign(**{"points over ReLU": points})
+    return shown.rename(columns={"contender": ""})
+
+
 def results(profile):
     """The section for one profile, in markdown; empty where it has no tables."""
     folder, parts = home() / "figures" / profile, []
@@ -49,6 +60,9 @@ def results(profile):
             size = f"{drawn.get(name, {}).get('data', table.data.iloc[0])}, n = {n} attacked"
             seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
             parts.append(f"{title}, {attack.split(' (')[0]}, {size}, {seeds}:\n\n{_markdown(scores(table, said))}")
+    if (folder / "14_resnet20_evaluation_race.csv").exists():
+        table = pd.read_csv(folder / "14_resnet20_evaluation_race.csv")
+        parts.append(f"Equal budgets (14): rates chosen on held-out training images.\n\n{_markdown(race(table))}")
     if (folder / "18_conclusions_claims.csv").exists():
         verdicts = pd.read_csv(folder / "18_conclusions_claims.csv").verdict.value_counts()
         words = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
