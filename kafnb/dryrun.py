@@ -51,6 +51,8 @@ def shorten(value):
     longest = dict(epochs=1, batch_size=BATCH, steps=STEPS, replays=STEPS, restarts=1, seeds=SEEDS, queries=10)
     longest |= dict(images=ATTACKED, n=ATTACKED, track=ATTACKED, watch=ATTACKED)
     changes = {}
+    if getattr(value, "attack", "") in ("apgd", "autoattack"):  # of fixed length, on what stands
+        longest["n"] = 2
     for field in dataclasses.fields(value):
         now, most = getattr(value, field.name), longest.get(field.name)
         if isinstance(now, dict) and field.name == "epochs":

@@ -111,8 +111,8 @@ def run_notebooks(
     Parameters
     ----------
     jobs : int, optional
-        Notebooks at a time, each on an equal share of the cores, in profile quick on one; default one a core on CPU, 1
-        on a GPU and for an engine that uses all of this machine.
+        Notebooks at a time, each on an equal share of the cores; default one a core on CPU, 1 on a GPU and for an
+        engine that uses all of this machine.
     engine, address : str
         Of ``kafnb.run``, for all experiments of the notebooks.
 
@@ -129,13 +129,14 @@ def run_notebooks(
     device = device if engine == "ray" else resolved  # a cluster has its own
     resolve_data(PROFILES[profile], data_root)
     many = resolved == "cpu" and (engine == "local" or address)
-    jobs = min(len(names), jobs or (cores if many else 1)) or 1
+    share = jobs or (cores if many else 1)
+    jobs = min(len(names), share) or 1
     parameters = dict(profile=profile, seed=seed, device=device, data_root=str(data_root) if data_root else None)
     store = home() / "results"
     manifest = read_manifest(home() / "figures" / profile).get("notebooks", {})
     names.sort(key=lambda n: -manifest.get(n, {}).get("seconds_from_nothing", 0))  # the longest first
     kind = "seconds" if store.is_dir() and any(store.glob("*/SHA256SUMS")) else "seconds_from_nothing"
-    threads = "1" if profile == "quick" else str(max(1, cores // jobs))  # small tensors gain nothing from more
+    threads = str(max(1, cores // share))  # for one notebook alone, too: small tensors gain nothing from more
     environment = {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     # glibc keeps what is freed: handing memory back makes each large tensor touch fresh pages, a fifth of the time
     environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
