@@ -76,8 +76,10 @@ def section():
 
 
 def write():
-    """Put ``section()`` between the two marks in README.md."""
+    """Put ``section()`` between the two marks in README.md, if there is such a page."""
     path = home() / "README.md"
-    text = path.read_text()
+    text = path.read_text() if path.exists() else ""
+    if BEGIN not in text or END not in text:
+        return
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     write_atomically(path, lambda p: p.write_text(head + BEGIN + section() + END + tail))

@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread, a small data set, small networks."""
+"""Shared by all tests: one thread, no progress bars, a small data set, small networks."""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ import torch
 import kafnb
 
 torch.set_num_threads(1)
+# the kernels that nbval starts inherit it: more than a thousand updates of a bar, and messages behind them are lost
+os.environ.setdefault("KAFNB_PROGRESS", "0")
 
 
 @pytest.fixture(scope="session")

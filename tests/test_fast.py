@@ -36,7 +36,8 @@ def test_same_logits_and_gradients(make, name):
         assert torch.allclose(quick(x), model(x), rtol=1e-3, atol=1e-4)
     if name in ("swish", "kaf_elu"):  # at a kink or jump rounding may choose the other side
         g, h = (attacks.input_gradient(m, x, y) for m in (model, quick))
-        assert (g - h).norm() < 1e-3 * g.norm()
+        apart = (g - h).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1)
+        assert (apart > 1e-3).sum() <= 1  # near a tie in max pooling too
 
 
 def test_folding_removes_every_normalisation_of_the_thesis_block():
