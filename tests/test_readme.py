@@ -87,7 +87,6 @@ def test_the_results_are_the_stored_ones(tmp_path, monkeypatch):
 
 
 def test_ci_runs_exactly_the_test_command():
-    """After it has got the browser for the tests that need one."""
     lines = (home() / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if re.match(r"(make|python|pytest)\b", line.strip())]
     assert commands == [lines[-1]] == ["make test"]
