@@ -138,7 +138,7 @@ def run_notebooks(
     kind = "seconds" if store.is_dir() and any(store.glob("*/SHA256SUMS")) else "seconds_from_nothing"
     threads = str(max(1, cores // share))  # for one notebook alone, too: small tensors gain nothing from more
     environment = {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    # glibc keeps what is freed: handing memory back makes each large tensor touch fresh pages, a fifth of the time
+    # glibc keeps what is freed: handing memory back makes each large tensor touch fresh pages
     environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     environment |= {"KAFNB_ENGINE": engine, "KAFNB_ADDRESS": address or ""}
     outcomes, context = [], multiprocessing.get_context("spawn")

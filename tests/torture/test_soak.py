@@ -49,6 +49,7 @@ def test_many_experiments_in_one_process(tmp_path, tries, note):
     ours, theirs = fresh.Pipe()
     process = fresh.Process(target=soak, args=(str(tmp_path), n, theirs))
     process.start()
+    theirs.close()  # or a process that dies would be waited for
     process.join()
     (before, files), (after, more), figures = ours.recv()
     print(
