@@ -8,14 +8,18 @@ from .grid import chunks, parsed
 
 
 def _powers(x, chunk, grid):
-    """u, the factors high e r^(4q), and low e r^s, as element-wise operations."""
+    """u, the factors high e r^(4q), and low e r^s, as element-wise operations.
+
+    Written with powers of two: the compiler would put the results of ``exp`` into memory for each loop that reads them,
+    those of ``exp2`` it computes again, which is cheaper and leaves the peak at four activations for every D.
+    """
     u = x - chunk.centre
-    smallest = math.log(torch.finfo(u.dtype).tiny)
-    exponent = -grid.gamma / 2 * u * u
-    e = torch.where(exponent > smallest, torch.exp(exponent), 0.0)
-    reach = math.sqrt(-2 * smallest / grid.gamma)
+    smallest, log2 = math.log2(torch.finfo(u.dtype).tiny), math.log(2)
+    exponent = -grid.gamma / 2 / log2 * u * u
+    e = torch.where(exponent > smallest, torch.exp2(exponent), 0.0)
+    reach = math.sqrt(-2 * log2 * smallest / grid.gamma)
     u = u.clamp(-reach, reach)
-    r = torch.exp(2 * grid.gamma * grid.spacing * u)
+    r = torch.exp2(2 * grid.gamma * grid.spacing / log2 * u)
     low = [e, e * r, e * r * r, e * r * r * r]
     link, high = (r * r) * (r * r), {chunk.middle: e}
     for q in range(chunk.middle + 1, chunk.groups):
