@@ -58,7 +58,7 @@ def main(argv=None):
 
             if not Path(args.data_root).is_dir():
                 raise ValueError(f"--data-root: no folder {args.data_root}")
-            args.data_root = Path(args.data_root).resolve()
+            args.data_root = Path(args.data_root).absolute()
         if args.dry_run:
             args.data_root = dryrun.prepare()
             args.device = resolve_device(args.device)
