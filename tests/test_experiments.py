@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import kafnb
 from kafnb import Evaluation, Experiment, Recipe, evaluations, results
+from kafnb.profiles import PROFILES, resolve_data
 from kafnb.store import Folder, key_of
 
 QUICK = Recipe("fgsm_rs", epochs=3, lr=(0.003, 0.3), eps=0.1)
@@ -122,6 +123,15 @@ def test_a_result_from_other_data_is_refused(store, tmp_path):
     kafnb.run(experiment, store=store)
     with pytest.raises(ValueError, match="other data"):
         kafnb.run(dataclasses.replace(experiment, data=spec[1]), store=store)
+
+
+def test_a_folder_keeps_its_name_behind_a_link(tmp_path, monkeypatch):
+    """The name is part of the key: the same from the command line (an absolute path) and from a notebook."""
+    (tmp_path / "real" / "train").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    for given in ("link", tmp_path / "link", "./link"):
+        assert resolve_data(PROFILES["small"], given) == f"folder:{tmp_path / 'link'}"
 
 
 def _train(store):
