@@ -5,6 +5,7 @@ import pandas as pd
 from . import thesis
 from .figures import LABELS, read_manifest
 from .paths import home, write_atomically
+from .profiles import PROFILES
 
 BEGIN, END = "<!-- results: written from figures/ by python -m kafnb figures --keep -->\n", "<!-- end of results -->"
 # network, the stored table, what the thesis has of it
@@ -57,7 +58,8 @@ def results(profile):
             table = pd.read_csv(folder / f"{name}.csv")
             table = table[table.metric.str.startswith(("clean", "PGD"))]
             attack, n = table[table.labels == "true"].iloc[0][["metric", "n"]]
-            size = f"{drawn.get(name, {}).get('data', table.data.iloc[0])}, n = {n} attacked"
+            data = drawn.get(name, {}).get("data", table.data.iloc[0]).removeprefix("folder:")
+            size = f"{data}, n = {n} attacked"
             seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
             parts.append(f"{title}, {attack.split(' (')[0]}, {size}, {seeds}:\n\n{_markdown(scores(table, said))}")
     if (folder / "14_resnet20_evaluation_race.csv").exists():
@@ -67,7 +69,11 @@ def results(profile):
         verdicts = pd.read_csv(folder / "18_conclusions_claims.csv").verdict.value_counts()
         words = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
         parts.append(f"Of {verdicts.sum()} differences between activations in the thesis, here (18): {words}.\n")
-    return f"### Profile `{profile}`\n\n" + "\n".join(parts) if parts else ""
+    names = {"light_cnn": "light CNN", "vgg": "VGG", "resnet": "ResNet20"}
+    ours, said = PROFILES[profile].epochs, PROFILES["paper"].epochs
+    epochs = ", ".join(f"{name} {ours[m]} ({said[m]})" for m, name in names.items())
+    head = f"### Profile `{profile}`\n\nEpochs, in brackets the thesis': {epochs}.\n\n"
+    return head + "\n".join(parts) if parts else ""
 
 
 def section():
