@@ -61,7 +61,10 @@ def results(profile):
             data = drawn.get(name, {}).get("data", table.data.iloc[0]).removeprefix("folder:")
             size = f"{data}, n = {n} attacked"
             seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
-            parts.append(f"{title}, {attack.split(' (')[0]}, {size}, {seeds}:\n\n{_markdown(scores(table, said))}")
+            block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
+            parts.append(
+                f"{title}, {block}{attack.split(' (')[0]}, {size}, {seeds}:\n\n{_markdown(scores(table, said))}"
+            )
     if (folder / "14_resnet20_evaluation_race.csv").exists():
         table = pd.read_csv(folder / "14_resnet20_evaluation_race.csv")
         parts.append(f"Equal budgets (14): rates chosen on held-out training images.\n\n{_markdown(race(table))}")
