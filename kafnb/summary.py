@@ -8,11 +8,16 @@ from .paths import home, write_atomically
 from .profiles import PROFILES
 
 BEGIN, END = "<!-- results: written from figures/ by python -m kafnb figures --keep -->\n", "<!-- end of results -->"
-# network, the stored table, what the thesis has of it
+# network, its name in a profile's epochs, the stored table, what the thesis has of it
 TABLES = [
-    ("light CNN, standard training (09)", "09_activation_distributions_scores", thesis.LIGHT_CNN),
-    ("VGG-inspired, FGSM-RS (12)", "12_vgg_evaluation_scatter", {k: v[2:] for k, v in thesis.VGG.items()}),
-    ("ResNet20, FGSM-RS (14)", "14_resnet20_evaluation_scatter", {k: v[2:] for k, v in thesis.RESNET20.items()}),
+    ("light CNN, standard training (09)", "light_cnn", "09_activation_distributions_scores", thesis.LIGHT_CNN),
+    ("VGG-inspired, FGSM-RS (12)", "vgg", "12_vgg_evaluation_scatter", {k: v[2:] for k, v in thesis.VGG.items()}),
+    (
+        "ResNet20, FGSM-RS (14)",
+        "resnet",
+        "14_resnet20_evaluation_scatter",
+        {k: v[2:] for k, v in thesis.RESNET20.items()},
+    ),
 ]
 
 
@@ -53,7 +58,7 @@ def results(profile):
     """The section for one profile, in markdown; empty where it has no tables."""
     folder, parts = home() / "figures" / profile, []
     drawn = read_manifest(folder).get("figures", {})
-    for title, name, said in TABLES:
+    for title, model, name, said in TABLES:
         if (folder / f"{name}.csv").exists():
             table = pd.read_csv(folder / f"{name}.csv")
             table = table[table.metric.str.startswith(("clean", "PGD"))]
@@ -62,9 +67,9 @@ def results(profile):
             size = f"{data}, n = {n} attacked"
             seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
             block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
-            parts.append(
-                f"{title}, {block}{attack.split(' (')[0]}, {size}, {seeds}:\n\n{_markdown(scores(table, said))}"
-            )
+            epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {PROFILES['paper'].epochs[model]})"
+            head = f"{title}, {epochs}, {block}{attack.split(' (')[0]}, {size}, {seeds}"
+            parts.append(f"{head}:\n\n{_markdown(scores(table, said))}")
     if (folder / "14_resnet20_evaluation_race.csv").exists():
         table = pd.read_csv(folder / "14_resnet20_evaluation_race.csv")
         parts.append(f"Equal budgets (14): rates chosen on held-out training images.\n\n{_markdown(race(table))}")
@@ -72,11 +77,7 @@ def results(profile):
         verdicts = pd.read_csv(folder / "18_conclusions_claims.csv").verdict.value_counts()
         words = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
         parts.append(f"Of {verdicts.sum()} differences between activations in the thesis, here (18): {words}.\n")
-    names = {"light_cnn": "light CNN", "vgg": "VGG", "resnet": "ResNet20"}
-    ours, said = PROFILES[profile].epochs, PROFILES["paper"].epochs
-    epochs = ", ".join(f"{name} {ours[m]} ({said[m]})" for m, name in names.items())
-    head = f"### Profile `{profile}`\n\nEpochs, in brackets the thesis': {epochs}.\n\n"
-    return head + "\n".join(parts) if parts else ""
+    return f"### Profile `{profile}`\n\n" + "\n".join(parts) if parts else ""
 
 
 def section():

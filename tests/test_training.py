@@ -28,12 +28,13 @@ def test_schedule_reaches_its_top_and_ends_low(tiny):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(tiny, method):
-    recipe = Recipe(method, epochs=24, lr=(0.003, 0.3), batch_size=32, eps=0.05, steps=2, replays=3)
+    epochs = 48 if method == "interval" else 24  # its ball grows while it learns
+    recipe = Recipe(method, epochs=epochs, lr=(0.003, 0.3), batch_size=32, eps=0.05, steps=2, replays=3)
     torch.manual_seed(0)  # of the network; fit draws its own
     history = fit(models.mlp("swish"), tiny, recipe)
-    assert len(history) == epochs_of(recipe) == (8 if method == "free" else 24)
+    assert len(history) == epochs_of(recipe) == (8 if method == "free" else epochs)
     if method == "interval":  # its loss is that of a growing ball
-        assert history.accuracy.iloc[-1] > history.accuracy.iloc[0] + 0.2
+        assert history.accuracy.iloc[-1] > history.accuracy.iloc[0] + 0.3
     else:
         assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
 

@@ -11,7 +11,7 @@ def _powers(x, chunk, grid):
     """u, the factors high e r^(4q), and low e r^s, as element-wise operations.
 
     Written with powers of two: the compiler would put the results of ``exp`` into memory for each loop that reads them,
-    those of ``exp2`` it computes again, which is cheaper and leaves the peak at four activations for every D.
+    those of ``exp2`` it computes again. That costs time, more with a larger D, and keeps the peak at four activations.
     """
     u = x - chunk.centre
     smallest, log2 = math.log2(torch.finfo(u.dtype).tiny), math.log(2)
