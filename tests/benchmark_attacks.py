@@ -4,8 +4,8 @@ The same ResNet20 (the thesis' block, ReLU), the same images of 3x32x32, the sam
 each library. The network has learned digits enlarged to that size, and every other image stands. Ways are timed in
 turns, so that a slow spell of the machine meets all of them; the best round of each counts. The training before has
 ended glibc's habit of returning memory after each step; in a fresh process that slows the libraries more than us, so
-that a comparison there flatters us. The table is kept in
-figures/benchmark/attacks_cpu.csv (attacks_cuda.csv on a GPU).
+that a comparison there flatters us. The table is kept in figures/benchmark/attacks_cpu.csv (attacks_cuda.csv on a
+GPU).
 """
 
 import dataclasses
