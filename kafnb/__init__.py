@@ -11,6 +11,7 @@ Table of contents, in the order of the story:
     probes, lipschitz/                    what goes on inside, and how fast it can change
     certify/                              proofs that no attack exists: intervals, lines, constants, votes
     experiments, results, provenance      describe, train or load, measure, and where it came from
+    pretrained                            trained networks that come with the package, a card each
     store, integrity                      what is kept, and how nothing of it is lost
     engines, cluster                      the same on several processes or machines
     distributed/, imagenet/               one model on several processes; the recipe for ImageNet
@@ -32,6 +33,7 @@ from . import (
     models,
     notebooks,
     paths,
+    pretrained,
     probes,
     training,
 )
@@ -49,5 +51,6 @@ from .training import fit
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
     "activation", "attacks", "certify", "diagrams", "evaluate", "figures", "fit", "gradients", "history", "lipschitz",
-    "load", "load_data", "models", "notebooks", "paths", "probes", "run", "training",
+    "load", "load_data", "models", "notebooks", "paths",
+    "pretrained", "probes", "run", "training",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import engines, models
+from . import engines, models, pretrained
 from .activations import activation
 from .checks import device as device_of
 from .checks import file_name, instance, seed, shown
@@ -159,7 +159,12 @@ def run(
 
 
 def load(experiment, *, data_root=None, device="cpu", progress=False, store=None):
-    """The trained model of an experiment, in eval mode; trained first if the store has none."""
+    """The trained model of an experiment, in eval mode; trained first if the store has none.
+
+    A name in place of the experiment is that of a network that comes with the package: ``pretrained.names()``.
+    """
+    if isinstance(experiment, str):
+        return pretrained.load(experiment, device_of(device))
     _check(experiment)
     device, data = device_of(device), load_data(experiment.data, data_root)
     folder = Folder(Path(store or default_store()) / experiment.name)

@@ -108,7 +108,7 @@ PROFILES = {
         vgg_lr=dict(relu=0.5, elu=0.5, swish=1.0, kaf=3.0, kaf_elu=0.5, kaf_swish=1.5, kaf_free=3.0),
     ),
     "small": Profile(
-        "small", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 12, "resnet": 2},
+        "small", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 5, "resnet": 2},
         batch_size=128, lr=0.5,
         images=1000, steps=50, restarts=2, seeds=1, augment="crop_flip", precision="float32", vgg_lr=_THESIS_VGG,
         adam={"light_cnn": 0.001},

@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ def test_the_count_in_the_status_is_right():
 
 
 def test_ten_lines_run(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     monkeypatch.setenv("KAFNB_HOME", str(tmp_path))
     monkeypatch.setattr("kafnb.activations.ACTIVATIONS", kafnb.ACTIVATIONS)
     try:
@@ -40,6 +41,20 @@ def test_ten_lines_run(tmp_path, monkeypatch, capsys):
         assert len(body) <= 10
     finally:
         kafnb.ACTIVATIONS.pop("cube", None)
+
+
+def test_attacking_a_trained_network_runs(tmp_path, monkeypatch, capsys):
+    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
+    digits = kafnb.load_data("digits")
+    grown = {k: digits_as_photographs(getattr(digits, k)[:40]) for k in ("x_train", "x_test")}
+    small = dataclasses.replace(digits, y_train=digits.y_train[:40], y_test=digits.y_test[:40], **grown)
+    monkeypatch.setattr(kafnb, "load_data", lambda name: small)
+    exec(code.replace("n=200", "n=4"), {})
+    assert re.search(r"% \[[\d., ]+\] \(n = 4, attack given true labels\)", capsys.readouterr().out)
+
+
+def digits_as_photographs(x):
+    return x.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1).contiguous()
 
 
 def test_numbers_on_the_growth_of_gradients():

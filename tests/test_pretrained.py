@@ -1,0 +1,90 @@
+"""Networks that come with the package: published from the store, found by name, whole."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+import kafnb
+from kafnb import Evaluation, Experiment, Recipe, pretrained
+from kafnb.checks import shown
+from kafnb.store import Folder
+
+RUN = Experiment("digits", "mlp", "kaf_elu", Recipe("fgsm", epochs=2, lr=(0.003, 0.3), eps=0.1), 0, {"hidden": (16,)})
+PGD = Evaluation("pgd", eps=0.1, steps=2, n=30)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """(name, folder in the store, table of its scores)."""
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path / "weights")
+    table = kafnb.run(RUN, [PGD], store=tmp_path / "results")
+    folder = tmp_path / "results" / RUN.name
+    return pretrained.publish(folder), folder, table
+
+
+def test_a_published_network_is_the_trained_one(published, tmp_path):
+    name = published[0]
+    assert pretrained.names() == (name,) and name == "mlp-kaf_elu-16-fgsm"
+    state = torch.get_rng_state()
+    model, x = kafnb.load(name), kafnb.load_data("digits").test(20)[0]
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
+    want = kafnb.load(RUN, store=tmp_path / "results")
+    with torch.no_grad():
+        assert torch.equal(model(x), want(x))
+
+
+def test_its_card_has_every_stored_score(published):
+    name, folder, table = published
+    card = (pretrained.WEIGHTS / f"{name}.md").read_text()
+    for row in table.itertuples():
+        found = re.search(
+            rf"^\| {re.escape(row.metric)}.*?\| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| (\d+) \|$", card, re.M
+        )
+        assert [float(v) for v in found.groups()] == [
+            *(round(100 * v, 1) for v in (row.rate, row.low, row.high)),
+            row.n,
+        ]
+    assert f'kafnb.load("{name}")' in card and "2 epochs" in card and "digits" in card
+    stored = Folder(folder)  # a score of other weights is none of these
+    (file,) = folder.glob("evaluation-pgd*.csv")
+    other = file.read_text().replace(stored.digest("weights.safetensors"), "0" * 64)
+    stored.write(file.name, lambda p: p.write_text(other))
+    pretrained.publish(folder)
+    assert "PGD" not in (pretrained.WEIGHTS / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:200].replace(b"mlp", b"mlq") + b[200:]]
+)
+def test_a_damaged_file_is_one_line(published, damage):
+    path = pretrained.WEIGHTS / f"{published[0]}.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="is damaged") as error:
+        kafnb.load(published[0])
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_there_is_said(published, tmp_path):
+    with pytest.raises(ValueError, match=f"did you mean {shown(published[0])}"):
+        kafnb.load(published[0] + "x")
+    with pytest.raises(FileNotFoundError, match="no finished experiment"):
+        pretrained.publish(tmp_path / "nothing")
+
+
+def test_shipped_networks_load_and_have_cards():
+    assert {"light_cnn-relu-standard", "light_cnn-kwta-standard", "light_cnn-kaf-standard"} <= set(pretrained.names())
+    for name in pretrained.names():
+        model = kafnb.load(name)
+        with torch.no_grad():
+            assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+        card = (pretrained.WEIGHTS / f"{name}.md").read_text()
+        assert f'kafnb.load("{name}")' in card and re.search(r"^\| clean \| \d", card, re.M)
+    assert sum(p.stat().st_size for p in pretrained.WEIGHTS.iterdir()) < 25e6
+
+
+def test_they_come_with_an_installed_package(tmp_path):
+    command = ["git", "check-ignore", *map(str, pretrained.WEIGHTS.iterdir())]
+    ignored = subprocess.run(command, cwd=kafnb.paths.home(), capture_output=True, text=True)
+    assert ignored.stdout == ""
