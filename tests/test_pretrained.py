@@ -2,7 +2,9 @@
 
 import re
 import subprocess
+import tomllib
 
+import pandas as pd
 import pytest
 import torch
 
@@ -84,7 +86,27 @@ def test_shipped_networks_load_and_have_cards():
     assert sum(p.stat().st_size for p in pretrained.WEIGHTS.iterdir()) < 25e6
 
 
-def test_they_come_with_an_installed_package(tmp_path):
+def test_cards_say_what_the_tables_say():
+    small = kafnb.paths.home() / "figures" / "small"
+    resnets, vggs = (
+        pd.read_csv(small / f"{f}.csv") for f in ("14_resnet20_evaluation_blocks", "12_vgg_evaluation_scatter")
+    )
+    resnets["network"] = "resnet20-" + resnets.activation + resnets.case.map(lambda c: "" if "thesis" in c else "-he")
+    vggs["network"] = "vgg-" + vggs.activation
+    told = 0
+    for row in pd.concat([resnets, vggs]).itertuples():
+        card = (pretrained.WEIGHTS / f"{row.network}-{row.method}.md").read_text()
+        score = re.search(rf"^\| {re.escape(row.metric)}.*?\| ([\d.]+) \| .* \| (\d+) \|$", card, re.M)
+        assert score.groups() == (f"{100 * row.rate:.1f}", str(row.n)), (row.network, row.metric)
+        told += 1
+    assert told == 7 * 3 + 3 * 3
+
+
+def test_git_and_the_build_take_them():
+    root = kafnb.paths.home()
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
     command = ["git", "check-ignore", *map(str, pretrained.WEIGHTS.iterdir())]
-    ignored = subprocess.run(command, cwd=kafnb.paths.home(), capture_output=True, text=True)
-    assert ignored.stdout == ""
+    assert subprocess.run(command, cwd=root, capture_output=True).returncode == 1  # none of them is ignored
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert data == {"kafnb": [f"{pretrained.WEIGHTS.name}/*"]}
