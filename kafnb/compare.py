@@ -4,10 +4,9 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binom, t
 
 from .checks import instance, pick, shown
-from .evaluate import wilson
 
 
 def _check(results, metric=None):
@@ -18,20 +17,82 @@ def _check(results, metric=None):
         raise ValueError(f"no metric {shown(metric)} in these results; there are {', '.join(results.metric.unique())}")
 
 
-def percent(results):
-    """Table activation x metric of "rate [low, high]" in per cent: all seeds pooled, 95 % Wilson intervals.
+def _by_seed(results, metric):
+    """Activation -> bool array (seeds, images), seeds in order."""
+    _check(results, metric)
+    chosen = results[results.metric == metric]
+    if "seed" in chosen:
+        chosen = chosen.sort_values("seed", kind="stable")
+    groups = {name: chosen.correct[chosen.activation == name].tolist() for name in results.activation.unique()}
+    for name, correct in groups.items():
+        if len({len(c) for c in correct}) > 1:
+            raise ValueError(f"all seeds must have been scored on the same images, and those of {shown(name)} were not")
+    return {name: np.stack(correct) for name, correct in groups.items() if correct}
 
-    The interval covers the choice of test images, not the luck of training: that is what several seeds show.
+
+def _error(d):
+    """Standard error of the mean of d (seeds, images), and how many of them a 95 % interval reaches to each side.
+
+    Of several seeds two errors are added in squares, as both are drawn anew in a repetition: that of the images (from
+    their means over seeds) and that of the seeds (from their means over images). Each holds some of the rest too, so
+    the sum errs on the wide side. The reach is Student's at Welch and Satterthwaite's degrees of freedom, hence wide
+    with two or three seeds that differ (and with two still somewhat short: nine in ten where seeds differ much). Of one
+    seed: the images alone, normal.
     """
+    seeds, images = d.shape
+    image = d.mean(0).var(ddof=1) / images
+    if seeds == 1:
+        return np.sqrt(image), 1.96
+    seed = d.mean(1).var(ddof=1) / seeds
+    if image + seed == 0:
+        return 0.0, 1.96
+    freedom = (image + seed) ** 2 / (image**2 / (images - 1) + seed**2 / (seeds - 1))
+    return np.sqrt(image + seed), float(t.ppf(0.975, freedom))
 
+
+def rates(results):
+    """Accuracy of each activation, and its 95 % interval over images and, where there are several, seeds.
+
+    Parameters
+    ----------
+    results : DataFrame
+        As ``kafnb.run`` returns it.
+
+    Returns
+    -------
+    DataFrame
+        activation, metric, rate, low, high, all in [0, 1], and seeds. The interval is Wilson's, of as many independent
+        images as would give the standard error that images and seeds together have: of one seed, just the images.
+    """
     _check(results)
+    rows = []
+    for activation, metric in results[["activation", "metric"]].drop_duplicates().itertuples(index=False):
+        d = _by_seed(results, metric)[activation].astype(float)
+        p, n, z = d.mean(), d.shape[1], 1.96
+        if len(d) > 1 and 0 < p < 1:
+            error, reach = _error(d)
+            n = min(p * (1 - p) / max(error * reach / z, 1e-12) ** 2, d.size)
+        middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        low, high = ((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n))
+        rows.append(
+            dict(activation=activation, metric=metric, rate=p, low=max(low, 0), high=min(high, 1), seeds=len(d))
+        )
+    return pd.DataFrame(rows)
 
-    def cell(group):
-        pooled = np.concatenate(group.correct.tolist())
-        low, high = wilson(int(pooled.sum()), len(pooled))
-        return f"{100 * pooled.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
-    return results.groupby(["activation", "metric"], sort=False)[["correct"]].apply(cell).unstack(sort=False)
+def without_images(results):
+    """The results for a CSV: not each image's outcome, but ``rates`` of all seeds as mean, mean_low and mean_high."""
+    means = rates(results).drop(columns="seeds").set_index(["activation", "metric"])
+    means.columns = ["mean", "mean_low", "mean_high"]
+    return results.drop(columns="correct").join(means, on=["activation", "metric"])
+
+
+def percent(results):
+    """Table activation x metric of "rate [low, high]" in per cent, see ``rates``."""
+    table = rates(results)
+    table["cell"] = [f"{100 * r.rate:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in table.itertuples()]
+    cells = table.pivot(index="activation", columns="metric", values="cell")
+    return cells.loc[table.activation.unique(), table.metric.unique()]
 
 
 def difference(results, a, b, metric):
@@ -40,54 +101,67 @@ def difference(results, a, b, metric):
     Parameters
     ----------
     results : DataFrame
-        As ``kafnb.run`` returns it; the same seeds for both.
+        As ``kafnb.run`` returns it; as many seeds for both.
 
     Returns
     -------
     (difference, low, high) : per cent points
-        Normal interval of the mean of the paired differences, images and seeds pooled.
+        Of one seed the interval covers the choice of images; of several, that of images and seeds. It is wider than
+        if each image and seed were an observation of its own, which it is not.
     """
-    _check(results, metric)
-    chosen = results[results.metric == metric].sort_values("seed").groupby("activation").correct
-    for name in (a, b):
-        pick(tuple(chosen.groups), name, "activation in these results")
-    a, b = (np.concatenate(chosen.get_group(name).tolist()).astype(float) for name in (a, b))
-    if len(a) != len(b) or len(a) < 2:
-        raise ValueError(f"a difference is of the same images, two at least: got {len(a)} and {len(b)}")
-    d = 100 * (a - b)
-    half = 1.96 * d.std(ddof=1) / np.sqrt(len(d))
-    return d.mean(), d.mean() - half, d.mean() + half
+    found = _by_seed(results, metric)
+    a, b = (found[pick(tuple(found), name, "activation in these results")] for name in (a, b))
+    if a.shape != b.shape or a.shape[1] < 2:
+        raise ValueError(
+            "a difference is of the same images and seeds, two images at least: "
+            f"got {a.shape[1]} and {b.shape[1]} images, {len(a)} and {len(b)} seeds"
+        )
+    d = 100 * (a.astype(float) - b)
+    error, reach = _error(d)
+    return d.mean(), d.mean() - reach * error, d.mean() + reach * error
 
 
 def mcnemar(results, metric):
-    """Exact McNemar test of every pair of activations on the images that both saw, seeds pooled.
+    """Exact McNemar test of every pair of activations on the images that both saw.
+
+    Of several seeds an image still counts once, by how many more networks of a than of b get it right; the test is
+    then how often such a sum comes out if a coin gives each image its sign. It says that these networks differ: what
+    other seeds would give is ``difference``'s interval.
 
     Parameters
     ----------
     results : DataFrame
-        As ``kafnb.run`` returns it.
+        As ``kafnb.run`` returns it; as many seeds for all.
     metric : str
         One of its metrics.
 
     Returns
     -------
     DataFrame
-        a, b, how many images only one of them gets right, the two-sided p-value, and that times the number of pairs
-        (Bonferroni), most lopsided pair first.
+        a, b, how many times only one of them gets an image right, the two-sided p-value, and that times the number of
+        pairs (Bonferroni), most lopsided pair first.
 
     Source: McNemar, Psychometrika 12, 1947, https://doi.org/10.1007/BF02295996
     """
-    _check(results, metric)
-    pooled = (
-        results[results.metric == metric]
-        .groupby("activation", sort=False)
-        .correct.apply(lambda c: np.concatenate(c.tolist()))
-    )
-    pairs, rows = list(combinations(pooled.index, 2)), []
+    found = _by_seed(results, metric)
+    pairs, rows = list(combinations(found, 2)), []
     for a, b in pairs:
-        only_a, only_b = int((pooled[a] & ~pooled[b]).sum()), int((pooled[b] & ~pooled[a]).sum())
-        p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+        if found[a].shape != found[b].shape:
+            raise ValueError(f"{shown(a)} and {shown(b)} were not scored on the same images and seeds")
+        only_a, only_b = int((found[a] & ~found[b]).sum()), int((found[b] & ~found[a]).sum())
+        p = _sign_test(found[a].sum(0) - found[b].sum(0))
         rows.append({"a": a, "b": b, "only a right": only_a, "only b right": only_b, "p": p})
     table = pd.DataFrame(rows, columns=["a", "b", "only a right", "only b right", "p"])
     table["p, corrected"] = (len(pairs) * table.p).clip(upper=1)
     return table.sort_values("p", ignore_index=True)
+
+
+def _sign_test(d):
+    """Two-sided p-value of the sum of whole numbers d if a fair coin gave each its sign, exact."""
+    chances = np.ones(1)  # of the sums -m, ..., m
+    for size, n in zip(*np.unique(np.abs(d[d != 0]), return_counts=True), strict=True):
+        flips = np.zeros(2 * size * n + 1)
+        flips[:: 2 * size] = binom.pmf(np.arange(n + 1), n, 0.5)
+        chances = np.convolve(chances, flips)
+    sums = np.abs(np.arange(len(chances)) - len(chances) // 2)
+    return min(1.0, float(chances[sums >= abs(d.sum())].sum()))

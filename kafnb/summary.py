@@ -27,16 +27,15 @@ def _markdown(table):
 
 
 def scores(table, said):
-    """Per cent with 95 % intervals, a row an activation: clean, attacked with true and with predicted labels; thesis.
-
-    Of several seeds the means.
-    """
+    """Per cent with 95 % intervals, a row an activation: clean, attacked with true and with predicted labels; thesis."""
+    if "mean" not in table:  # tables of one seed may be without
+        table = table.assign(mean=table.rate, mean_low=table.low, mean_high=table.high)
     rows = []
     for activation, runs in table.groupby("activation", sort=False):
         row = {"": LABELS.get(activation, activation)}
         for labels in ("none", "true", "predicted"):
-            r = runs[runs.labels == labels]
-            row[labels] = f"{100 * r.rate.mean():.1f} [{100 * r.low.mean():.1f}, {100 * r.high.mean():.1f}]"
+            r = runs[runs.labels == labels].iloc[0]
+            row[labels] = f"{100 * r['mean']:.1f} [{100 * r.mean_low:.1f}, {100 * r.mean_high:.1f}]"
         clean, robust = said.get(activation, ("", ""))
         rows.append(row | {"thesis, CIFAR-10: clean": clean, "attacked": robust})
     words = {"none": "clean", "true": "attacked, true labels", "predicted": "attacked, predicted labels"}

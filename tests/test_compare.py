@@ -1,10 +1,13 @@
 """Comparisons of networks on the same images."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
-from kafnb import compare, thesis
+from kafnb import compare, evaluate, thesis
 
 
 @pytest.fixture
@@ -19,25 +22,84 @@ def results():
 
 def test_mcnemar_against_the_binomial(results):
     table = compare.mcnemar(results, "x").set_index(["a", "b"])
-    wins = int((results.correct[0] & ~results.correct[4]).sum()) * 2  # two seeds, the same
-    assert table.loc[("a", "b"), "only a right"] == wins and table.loc[("a", "b"), "only b right"] == 0
-    assert table.loc[("a", "b"), "p"] == pytest.approx(2 * 0.5**wins)
+    wins = int((results.correct[0] & ~results.correct[4]).sum())
+    assert table.loc[("a", "b"), "only a right"] == 2 * wins and table.loc[("a", "b"), "only b right"] == 0
+    assert table.loc[("a", "b"), "p"] == pytest.approx(2 * 0.5**wins)  # the second seed, the same, is no evidence
     assert table.loc[("a", "b"), "p, corrected"] == pytest.approx(6 * 0.5**wins)
     assert table.loc[("a", "c"), "p"] == 1 and table.loc[("a", "c"), "p, corrected"] == 1
+
+
+@pytest.mark.parametrize("only_a, only_b", [(0, 0), (1, 0), (7, 3), (3, 7), (40, 61)])
+def test_one_seed_is_the_exact_mcnemar_test(only_a, only_b):
+    d = np.repeat([1, -1, 0], [only_a, only_b, 5])
+    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1
+    assert compare._sign_test(d) == pytest.approx(p, abs=1e-12)
+
+
+def test_sign_test_of_several_seeds_counts_every_way_to_flip():
+    d = np.array([3, 3, -1, 2, 0, 1, -2, 3])
+    sums = [abs(np.dot(signs, d)) for signs in product((-1, 1), repeat=len(d))]
+    assert compare._sign_test(d) == pytest.approx(np.mean(np.array(sums) >= abs(d.sum())))
 
 
 def test_difference_is_paired(results):
     d, low, high = compare.difference(results, "a", "b", "x")
     assert d == pytest.approx(100 * (results.correct[0].mean() - results.correct[4].mean())) and low < d < high
     assert compare.difference(results, "a", "c", "x") == (0, 0, 0)  # the same images right: no doubt is left
-    assert high - low < 2 * 196 * np.sqrt(0.25 / 800)  # narrower than unpaired
+    assert high - low < 2 * 196 * np.sqrt(0.25 / 400)  # narrower than unpaired
 
 
-def test_percent_pools_seeds(results):
+def test_same_seeds_twice_are_one(results):
+    """A copy of a network tells nothing new: neither interval may shrink."""
+    one = results[results.seed == 0]
+    assert compare.difference(results, "a", "b", "x") == pytest.approx(compare.difference(one, "a", "b", "x"), rel=0.01)
+    both, single = (compare.rates(t).set_index(["activation", "metric"]) for t in (results, one))
+    assert np.allclose(both.high - both.low, single.high - single.low, rtol=0.01)
+
+
+def test_one_seed_has_wilsons_interval(results):
+    for r in compare.rates(results[results.seed == 0]).itertuples():
+        correct = results.correct[(results.activation == r.activation) & (results.metric == r.metric)].iloc[0]
+        assert (r.low, r.high) == pytest.approx(evaluate.wilson(int(correct.sum()), len(correct)), abs=1e-5)
+    none = results.assign(correct=[np.zeros(50, bool)] * len(results))
+    assert compare.rates(none).high.to_numpy() == pytest.approx(evaluate.wilson(0, 50)[1], abs=1e-5)
     cell = compare.percent(results).loc["a", "x"]
-    rate, low, high = (float(v) for v in cell.replace("[", "").replace("]", "").replace(",", "").split())
-    assert rate == pytest.approx(100 * results.correct[0].mean(), abs=0.05) and low < rate < high
-    assert high - low < 200 * 1.96 * np.sqrt(0.25 / 800)
+    assert cell.startswith(f"{100 * results.correct[0].mean():.1f} [")
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.15])
+def test_intervals_cover_other_images_and_other_seeds(luck):
+    """Networks whose threshold hangs on the seed, images that all find hard: what a repetition redraws is covered."""
+    rng, covered, pooled, rate = np.random.default_rng(0), 0, 0, 0
+    for _ in range(200):
+        hard = 2 * rng.normal(size=200)
+        a, b = (hard + rng.normal(size=(3, 200)) + luck * 4 * rng.normal(size=(3, 1)) > 0 for _ in range(2))
+        rows = [dict(activation=n, metric="x", seed=s, correct=c[s]) for n, c in (("a", a), ("b", b)) for s in range(3)]
+        table = pd.DataFrame(rows)
+        _, low, high = compare.difference(table, "a", "b", "x")
+        covered += low <= 0 <= high
+        d = 100 * (a.astype(float) - b).ravel()
+        pooled += abs(d.mean()) <= 1.96 * d.std() / np.sqrt(d.size)
+        own = compare.rates(table).iloc[0]
+        rate += own.low <= 0.5 <= own.high
+    assert covered >= 176 and rate >= 176, (covered, rate)  # of 200; 93 to 99 % in 1,500 repetitions
+    assert pooled < 150 or not luck, pooled  # each image of each seed for itself: far too sure
+
+
+def test_seeds_of_other_images_are_refused(results):
+    short = results.assign(
+        correct=[
+            c[: 400 - 100 * (s == 1 and n == "b")]
+            for c, s, n in zip(results.correct, results.seed, results.activation, strict=True)
+        ]
+    )
+    for call in (compare.percent, lambda t: compare.mcnemar(t, "x"), lambda t: compare.difference(t, "a", "b", "x")):
+        with pytest.raises(ValueError, match="same images"):
+            call(short)
+    fewer = results[(results.seed == 0) | (results.activation == "a")]
+    for call in (lambda t: compare.mcnemar(t, "x"), lambda t: compare.difference(t, "a", "b", "x")):
+        with pytest.raises(ValueError, match="images and seeds"):
+            call(fewer)
 
 
 def test_unknown_metric_names_the_known(results):
