@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 
+import cpuinfo
 import numpy as np
 import pandas as pd
 import pytest
@@ -136,6 +137,6 @@ def test_pgd(task):
     print("\n", table.round(4).to_string())
     name, folder = f"attacks_{DEVICE}", paths.home() / "figures" / "benchmark"
     paths.write_atomically(folder / f"{name}.csv", lambda p: table.to_csv(p, index=False, lineterminator="\n"))
-    where = {"device": provenance.device_name(DEVICE)} | provenance.provenance()
-    figures.update_manifest(folder, "tables", name, where)
+    where = {"device": provenance.device_name(DEVICE), "processor": cpuinfo.get_cpu_info().get("brand_raw", "")}
+    figures.update_manifest(folder, "tables", name, where | provenance.provenance())
     assert (table.images_steps_per_s > 0).all() and table.standing.between(0, 1).all()

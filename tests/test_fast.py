@@ -1,10 +1,13 @@
 """The quicker twin is the same function, is not the same object, and is only made of what is known."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from kafnb import attacks, models
+from kafnb.attacks import fast
 from kafnb.attacks.fast import twin
 
 
@@ -47,6 +50,26 @@ def test_folding_removes_every_normalisation_of_the_thesis_block():
         m.weight.is_contiguous(memory_format=torch.channels_last) for m in quick.modules() if isinstance(m, nn.Conv2d)
     ]
     assert all(layouts)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_skips_of_relu_blocks_need_no_factor_where_none_is_negative(flipped):
+    torch.manual_seed(0)
+    model = trained_like(models.resnet(20, "relu")).double()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.bn2.weight.abs_().clamp_(min=0.01)
+        model.blocks[1].bn2.weight[3] *= (-1) ** flipped
+    quick = copy.deepcopy(model)
+    with torch.no_grad():
+        fast._fold(quick)
+    left = [i for i, block in enumerate(quick.blocks) if block.scale is not None]
+    assert left == [1, 8] if flipped else left == [8]  # the last has nobody to leave its factor to
+    x, y = torch.rand(4, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (4,))
+    torch.testing.assert_close(quick(x), model(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        *(attacks.input_gradient(m, x, y) for m in (quick, model)), rtol=1e-8, atol=1e-12
+    )
 
 
 def test_the_unknown_is_left_alone():

@@ -49,11 +49,30 @@ class _Residual(nn.Module):
         self.conv1, self.act1 = _scaled(block.conv1, *_affine(block.bn1)), _behind_conv(block.act1)
         self.conv2, self.act2 = _scaled(block.conv2, s, t), _behind_conv(block.act2)
         self.skip = _scaled(block.skip, s) if isinstance(block.skip, nn.Conv2d) else None
-        self.register_buffer("scale", s.view(1, -1, 1, 1))
+        self.register_buffer("scale", s.view(1, -1, 1, 1) if self.skip is None else None)
 
     def forward(self, x):
         out = self.conv2(self.act1(self.conv1(x)))
-        return self.act2(torch.addcmul(out, x, self.scale) if self.skip is None else out + self.skip(x))
+        if self.scale is not None:
+            return self.act2(out.addcmul_(x, self.scale))
+        return self.act2(out.add_(x if self.skip is None else self.skip(x)))
+
+
+def _unscale(blocks):
+    """Take the factor s from the skips of successive ReLU blocks, in place; ReLU(c x) = c ReLU(x) where c > 0.
+
+    A block that is to return its output divided by c = s (times the c of its input) can add its input as it is.
+    """
+    c = None
+    for block, behind in itertools.pairwise([*blocks, None]):
+        if c is not None:  # its input comes divided by c
+            for conv in filter(None, (block.conv1, block.skip)):
+                conv.weight.mul_(c)
+            block.scale = block.scale if block.scale is None else block.scale * c
+        c = None
+        if behind is not None and block.scale is not None and (block.scale > 0).all():
+            c, block.scale = block.scale, None
+            _scaled(block.conv2, 1 / c.flatten(), torch.zeros_like(c.flatten()))
 
 
 def _fold(module):
@@ -63,6 +82,9 @@ def _fold(module):
             setattr(module, name, _Residual(child))
         else:
             _fold(child)
+    blocks = list(module.children())
+    if all(type(b) is _Residual and type(b.act2) is nn.ReLU for b in blocks):
+        _unscale(blocks)
     pairs = []
     if type(module) is HeBlock:
         pairs = [("conv1", "bn1"), ("conv2", "bn2")]
