@@ -61,22 +61,24 @@ def rates(results):
     Returns
     -------
     DataFrame
-        activation, metric, rate, low, high, all in [0, 1], and seeds. The interval is Wilson's, of as many independent
-        images as would give the standard error that images and seeds together have: of one seed, just the images.
+        activation, metric, rate, low, high, all in [0, 1], and seeds. Of one seed the interval is Wilson's. Of several
+        it is Wilson's for the part of the error that comes from the images, and what seeds add to the reach of a normal
+        one is added to that in squares, on both sides, within [0, 1].
     """
     _check(results)
     rows = []
     for activation, metric in results[["activation", "metric"]].drop_duplicates().itertuples(index=False):
         d = _by_seed(results, metric)[activation].astype(float)
-        p, n, z = d.mean(), d.shape[1], 1.96
-        if len(d) > 1 and 0 < p < 1:
-            error, reach = _error(d)
-            n = min(p * (1 - p) / max(error * reach / z, 1e-12) ** 2, d.size)
-        middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        low, high = ((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n))
-        rows.append(
-            dict(activation=activation, metric=metric, rate=p, low=max(low, 0), high=min(high, 1), seeds=len(d))
-        )
+        (seeds, n), p = d.shape, d.mean()
+        error, added = d.mean(0).std(ddof=1) / np.sqrt(n), 0.0
+        if seeds > 1:
+            both, reach = _error(d)
+            added = max((reach * both) ** 2 - (1.96 * error) ** 2, 0)
+            n = p * (1 - p) / error**2 if error > 0 else n  # so many independent images would tell as much
+        middle, half = p + 1.96**2 / (2 * n), 1.96 * np.sqrt(p * (1 - p) / n + 1.96**2 / (4 * n**2))
+        low, high = (middle - half) / (1 + 1.96**2 / n), (middle + half) / (1 + 1.96**2 / n)
+        low, high = max(p - np.hypot(p - low, np.sqrt(added)), 0), min(p + np.hypot(high - p, np.sqrt(added)), 1)
+        rows.append(dict(activation=activation, metric=metric, rate=p, low=low, high=high, seeds=seeds))
     return pd.DataFrame(rows)
 
 

@@ -11,7 +11,9 @@ from filelock import FileLock
 from matplotlib.colors import to_rgb, to_rgba_array
 from matplotlib.container import Container
 from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
 
+from . import compare
 from .alttext import describe
 from .checks import file_name, instance
 from .paths import home, write_atomically
@@ -47,6 +49,30 @@ def line(activation):
     """The same for lines without markers; KAFs dashed, so that they differ from the function they start as."""
     kind = {k: v for k, v in style(activation).items() if k != "marker"}
     return kind | {"linestyle": "--" if activation.startswith("kaf_") else "-"}
+
+
+def scatter(ax, results, x, y):
+    """Two accuracies of each activation, per cent; the axes of its ellipse are their 95 % intervals (``compare.rates``).
+
+    Parameters
+    ----------
+    results : DataFrame
+        As ``kafnb.run`` returns it. Where there are several seeds, a small mark each.
+    x, y : str
+        Two of its metrics.
+    """
+    rates = 100 * compare.rates(results).set_index(["activation", "metric"])[["rate", "low", "high"]]
+    seeds = 100 * results.pivot(index=["activation", "seed"], columns="metric", values="rate")
+    for name in results.activation.unique():
+        look, (across, up) = style(name), (rates.loc[(name, metric)] for metric in (x, y))
+        middle = ((across.low + across.high) / 2, (up.low + up.high) / 2)
+        size = (across.high - across.low, up.high - up.low)
+        ax.add_patch(Ellipse(middle, *size, facecolor=(look["color"], 0.12), edgecolor=look["color"]))
+        ax.scatter(across.rate, up.rate, s=45, zorder=3, **look)
+        if len(seeds.loc[name]) > 1:
+            ax.scatter(seeds.loc[name][x], seeds.loc[name][y], s=8, color=look["color"], marker=look["marker"])
+    ax.autoscale_view()
+    ax.set(xlabel=f"{x} accuracy, %" if x == "clean" else f"{x}, %", ylabel=f"{y}, %")
 
 
 def wrong_colours(figure):

@@ -1,10 +1,14 @@
 """Figures: picture, numbers and provenance together."""
 
+from itertools import product
+
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 
-from kafnb import ACTIVATIONS, figures
+from kafnb import ACTIVATIONS, compare, figures
+from kafnb.alttext import describe
 
 matplotlib.use("Agg")
 
@@ -64,3 +68,22 @@ def test_an_activation_in_another_colour_is_noticed(figure, tmp_path):
     ax.axhline(1, color="#777777", label="GELU")
     with pytest.warns(UserWarning, match="figure a: GELU, ELU not in the colour"):
         figures.save_figure(figure, "a", table, tmp_path)
+
+
+def test_scatter_draws_the_intervals_it_was_given(figure):
+    from matplotlib.patches import Ellipse
+
+    rng, rows = np.random.default_rng(0), []
+    for name, metric, seed in product(("relu", "kaf_elu"), ("clean", "PGD"), (0, 1)):
+        correct = rng.random(300) < {"clean": 0.8, "PGD": 0.4}[metric]
+        rows.append(dict(activation=name, metric=metric, seed=seed, rate=correct.mean(), correct=correct))
+    results, ax = pd.DataFrame(rows), figure.axes[0]
+    figures.scatter(ax, results, "clean", "PGD")
+    rates = compare.rates(results).set_index(["activation", "metric"])
+    for name, e in zip(("relu", "kaf_elu"), (p for p in ax.patches if isinstance(p, Ellipse)), strict=True):
+        (clean, pgd), (x, y) = (100 * rates.loc[name].loc[m] for m in ("clean", "PGD")), e.center
+        assert (x - e.width / 2, x + e.width / 2) == pytest.approx((clean.low, clean.high))
+        assert (y - e.height / 2, y + e.height / 2) == pytest.approx((pgd.low, pgd.high))
+    assert ax.get_legend_handles_labels()[1] == ["ReLU", "KAF_ELU"]  # once each, whatever the number of seeds
+    assert [len(c.get_offsets()) for c in ax.collections] == [1, 2, 1, 2] and not figures.wrong_colours(figure)
+    assert "ReLU at (" in describe(figure)

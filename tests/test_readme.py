@@ -57,6 +57,22 @@ def digits_as_photographs(x):
     return x.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1).contiguous()
 
 
+def test_what_is_said_of_the_collapse_is_in_the_table():
+    """README and notebook 14, section 8, on photographs."""
+    assert "KAF_ELU collapses with both seeds" in README
+    table = pd.read_csv(home() / "figures" / "small" / "14_resnet20_evaluation_blocks.csv")
+    rates = table.pivot(index=["case", "seed"], columns="metric", values="rate")
+    left = rates["PGD-50-2 (true labels)"] / rates["FGSM (true labels)"]  # share of what FGSM leaves
+    holds = [("ReLU", 0), ("ReLU", 1), ("ELU", 0), ("ReLU, N-FGSM", 0), ("ELU, N-FGSM", 0)]
+    collapsed = [("ReLU, thesis' block", 0), ("KAF_ELU", 0), ("KAF_ELU", 1)]
+    assert set(left.index) == {*holds, *collapsed, ("KAF_ELU, N-FGSM", 0)}
+    assert (left[holds] > 0.9).all() and (left[collapsed] < 0.1).all()
+    assert left["KAF_ELU"].max() < left["KAF_ELU, N-FGSM"].item() < 0.5  # softened
+    told = pd.read_csv(home() / "figures" / "small" / "14_resnet20_evaluation_protocols.csv").set_index("activation")
+    told = told.loc["kaf_elu"]
+    assert told["PGD-50-2 (predicted labels)"] > 5 * told["PGD-50-2 (true labels)"]
+
+
 def test_numbers_on_the_growth_of_gradients():
     text = " ".join(README.split())
     kaf, relu = re.search(r"([\d.]+) for a random KAF and ([\d.]+) for ReLU", text).groups()
