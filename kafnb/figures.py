@@ -52,7 +52,7 @@ def line(activation):
 
 
 def scatter(ax, results, x, y):
-    """Two accuracies of each activation, per cent; the axes of its ellipse are their 95 % intervals (``compare.rates``).
+    """Two accuracies of each activation, per cent; its ellipse has their 95 % intervals (``compare.rates``) as axes.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ def _markdown(table):
 
 
 def scores(table, said):
-    """Per cent with 95 % intervals, a row an activation: clean, attacked with true and with predicted labels; thesis."""
+    """Per cent and 95 % intervals, a row an activation: clean, attacked with true and with predicted labels; thesis."""
     if "mean" not in table:  # tables of one seed may be without
         table = table.assign(mean=table.rate, mean_low=table.low, mean_high=table.high)
     rows = []

@@ -67,9 +67,7 @@ def test_skips_of_relu_blocks_need_no_factor_where_none_is_negative(flipped):
     assert left == [1, 8] if flipped else left == [8]  # the last has nobody to leave its factor to
     x, y = torch.rand(4, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (4,))
     torch.testing.assert_close(quick(x), model(x), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        *(attacks.input_gradient(m, x, y) for m in (quick, model)), rtol=1e-8, atol=1e-12
-    )
+    torch.testing.assert_close(*(attacks.input_gradient(m, x, y) for m in (quick, model)), rtol=1e-8, atol=1e-12)
 
 
 def test_the_unknown_is_left_alone():
@@ -92,9 +90,9 @@ def test_pgd_with_and_without_it():
     model = trained_like(models.resnet(8, activation="swish", in_channels=1, image_size=8))
     x, y = torch.rand(32, 1, 8, 8), torch.randint(0, 10, (32,))
     adv = []
-    for fast in (False, True):
+    for quick in (False, True):
         torch.manual_seed(1)
-        adv.append(attacks.pgd(model, x, y, eps=0.1, steps=8, fast=fast))
+        adv.append(attacks.pgd(model, x, y, eps=0.1, steps=8, fast=quick))
     assert ((adv[0] - adv[1]).abs() > 1e-4).float().mean() < 0.01
     assert (model(adv[0]).argmax(1) == model(adv[1]).argmax(1)).float().mean() > 0.96
     assert not any(m.inplace for m in models.light_cnn("relu").modules() if isinstance(m, nn.ReLU))
