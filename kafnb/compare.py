@@ -70,9 +70,9 @@ def rates(results):
     for activation, metric in results[["activation", "metric"]].drop_duplicates().itertuples(index=False):
         d = _by_seed(results, metric)[activation].astype(float)
         (seeds, n), p = d.shape, d.mean()
-        error, added = d.mean(0).std(ddof=1) / np.sqrt(n), 0.0
+        added = 0.0
         if seeds > 1:
-            both, reach = _error(d)
+            (both, reach), error = _error(d), d.mean(0).std(ddof=1) / np.sqrt(n)
             added = max((reach * both) ** 2 - (1.96 * error) ** 2, 0)
             n = p * (1 - p) / error**2 if error > 0 else n  # so many independent images would tell as much
         middle, half = p + 1.96**2 / (2 * n), 1.96 * np.sqrt(p * (1 - p) / n + 1.96**2 / (4 * n**2))

@@ -87,6 +87,12 @@ def test_intervals_cover_other_images_and_other_seeds(level, luck):
     assert pooled < 150 or not luck or level, pooled  # each image of each seed for itself: far too sure
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_image_of_one_seed_is_an_interval_without_a_warning():
+    own = compare.rates(pd.DataFrame([dict(activation="a", metric="x", seed=0, correct=np.array([True]))])).iloc[0]
+    assert (own.low, own.high) == pytest.approx(evaluate.wilson(1, 1), abs=1e-5)
+
+
 def test_two_seeds_that_differ_leave_much_open_but_not_everything():
     """3.3 and 0.5 per cent of 1,000 images: the interval is Student's of two numbers, not [0, 54]."""
     rows = [dict(activation="a", metric="x", seed=s, correct=np.arange(1000) < k) for s, k in enumerate((33, 5))]
