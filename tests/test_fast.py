@@ -52,6 +52,31 @@ def test_folding_removes_every_normalisation_of_the_thesis_block():
     assert all(layouts)
 
 
+@pytest.mark.parametrize("block", ["thesis", "he"])
+def test_a_chain_of_relu_blocks_is_the_same_in_float64(block):
+    torch.manual_seed(0)
+    model = trained_like(models.resnet(20, "relu", block, in_channels=2, image_size=16))
+    quick = twin(model)
+    if type(quick.blocks) is not fast._Chain:
+        pytest.skip("this processor or this torch has no fused kernels of oneDNN")
+    for n in (1, 9, 4):  # the weights are laid out once, for any number of images
+        x, y = torch.rand(n, 2, 16, 16), torch.randint(0, 10, (n,))
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad():
+            torch.testing.assert_close(quick(x).double(), exact(x.double()), rtol=1e-4, atol=1e-4)
+        g, h = attacks.input_gradient(quick, x, y).double(), attacks.input_gradient(exact, x.double(), y)
+        apart = (g - h).flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1)
+        assert apart.min() < 1e-5 and (apart < 1e-3).float().mean() > 0.7, apart  # at a kink either side is right
+    again = copy.deepcopy(quick)  # after use
+    torch.testing.assert_close(again(x), quick(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(quick(x).float(), model(x).float(), rtol=0.1, atol=0.1 * quick(x).abs().max().item())
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(quick(x).logsumexp(1).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
 @pytest.mark.parametrize("flipped", [False, True])
 def test_skips_of_relu_blocks_need_no_factor_where_none_is_negative(flipped):
     torch.manual_seed(0)

@@ -1,21 +1,24 @@
-"""A quicker twin of a network for attacks: batch normalisation folded into convolutions, channels last in memory.
+"""A quicker twin of a network for attacks: batch normalisation folded into convolutions, channels last in memory, and on
+a CPU residual blocks of ReLU in as few passes over memory as there are convolutions.
 
 In eval mode batch normalisation is y = s x + t a channel, with s = weight / sqrt(var + eps): behind a convolution it
 is part of that convolution's weights. The twin computes the same logits and input gradients up to rounding.
 """
 
 import copy
+import functools
 import itertools
+import platform
 
 import torch
 from torch import nn
 
-from ..models import HeBlock, PreactBlock, ThesisBlock
+from ..models import HeBlock, PreactBlock, ThesisBlock, _PadShortcut
 
 # work on any memory layout; a KAF works on channels-first blocks and would copy
 ANY_LAYOUT = (
     nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout,
-    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Tanh,
+    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Tanh, _PadShortcut,
 )  # fmt: skip
 KNOWN = ("torch.nn.modules", "kafnb.models", "kafnb.kaf", "kafnb.kwta", "kafnb.parametric", "kafnb.attacks.fast")
 
@@ -41,21 +44,27 @@ def _behind_conv(act):
 
 
 class _Residual(nn.Module):
-    """A ``ThesisBlock`` in eval mode: its second normalisation scales the skip, the rest is in the convolutions."""
+    """A ``ThesisBlock`` or ``HeBlock`` in eval mode, its normalisations in the convolutions.
+
+    The second one of the former stands behind the sum: it scales the skip.
+    """
 
     def __init__(self, block):
         super().__init__()
         s, t = _affine(block.bn2)
         self.conv1, self.act1 = _scaled(block.conv1, *_affine(block.bn1)), _behind_conv(block.act1)
         self.conv2, self.act2 = _scaled(block.conv2, s, t), _behind_conv(block.act2)
-        self.skip = _scaled(block.skip, s) if isinstance(block.skip, nn.Conv2d) else None
-        self.register_buffer("scale", s.view(1, -1, 1, 1) if self.skip is None else None)
+        self.skip, scale = block.skip, None
+        if type(block) is ThesisBlock:
+            if isinstance(block.skip, nn.Conv2d):
+                _scaled(block.skip, s)
+            else:
+                scale = s.view(1, -1, 1, 1)
+        self.register_buffer("scale", scale)
 
     def forward(self, x):
-        out = self.conv2(self.act1(self.conv1(x)))
-        if self.scale is not None:
-            return self.act2(out.addcmul_(x, self.scale))
-        return self.act2(out.add_(x if self.skip is None else self.skip(x)))
+        out, skip = self.conv2(self.act1(self.conv1(x))), self.skip(x)
+        return self.act2(out.add_(skip) if self.scale is None else out.addcmul_(skip, self.scale))
 
 
 def _unscale(blocks):
@@ -66,8 +75,9 @@ def _unscale(blocks):
     c = None
     for block, behind in itertools.pairwise([*blocks, None]):
         if c is not None:  # its input comes divided by c
-            for conv in filter(None, (block.conv1, block.skip)):
-                conv.weight.mul_(c)
+            for conv in (block.conv1, block.skip):
+                if isinstance(conv, nn.Conv2d):
+                    conv.weight.mul_(c)
             block.scale = block.scale if block.scale is None else block.scale * c
         c = None
         if behind is not None and block.scale is not None and (block.scale > 0).all():
@@ -78,7 +88,7 @@ def _unscale(blocks):
 def _fold(module):
     """Fold, in place, what is known to stand behind a convolution: in a Sequential, and in the blocks of ``models``."""
     for name, child in module.named_children():
-        if type(child) is ThesisBlock:
+        if type(child) in (ThesisBlock, HeBlock):
             setattr(module, name, _Residual(child))
         else:
             _fold(child)
@@ -86,9 +96,7 @@ def _fold(module):
     if all(type(b) is _Residual and type(b.act2) is nn.ReLU for b in blocks):
         _unscale(blocks)
     pairs = []
-    if type(module) is HeBlock:
-        pairs = [("conv1", "bn1"), ("conv2", "bn2")]
-    elif type(module) is PreactBlock:
+    if type(module) is PreactBlock:
         pairs = [("conv1", "bn2")]
     elif type(module) is nn.Sequential:
         names = list(module._modules)
@@ -98,6 +106,110 @@ def _fold(module):
         if type(first) is nn.Conv2d and type(second) is nn.BatchNorm2d and second.running_var is not None:
             setattr(module, conv, _scaled(first, *_affine(second)))
             setattr(module, norm, nn.Identity())
+
+
+def _packed(conv):
+    """Two functions of a convolution whose weights are laid out once, not at every call, for oneDNN's fused kernels.
+
+    forward(x, other=None, then="relu"): ReLU or "none" of the convolution, ``other`` added before. backward(g, x,
+    onto=None): the gradient in x where g is that in the output, added to ``onto`` in place.
+    """
+    mkldnn, how, ones = torch.ops.mkldnn, (conv.padding, conv.stride, conv.dilation, 1), (1, 1)
+    around = [k - 1 - p for k, p in zip(conv.kernel_size, conv.padding, strict=True)]
+    laid_out = torch.ops.aten.mkldnn_reorder_conv2d_weight
+    weight = laid_out(conv.weight.contiguous().to_mkldnn(), *how)
+    flipped = conv.weight.flip(2, 3).transpose(0, 1).contiguous()
+    flipped = laid_out(flipped.to_mkldnn(), around, ones, ones, 1)
+
+    def forward(x, other=None, then="relu"):
+        if other is None:
+            return mkldnn._convolution_pointwise(x, weight, conv.bias, *how, then, [], "")
+        return mkldnn._convolution_pointwise.binary(x, other, weight, conv.bias, *how, "add", 1.0, then, [], "")
+
+    def backward(g, x, onto=None):
+        if conv.stride != ones:
+            options = conv.stride, conv.padding, conv.dilation, False, [0, 0], 1, [True, False, False]
+            g = torch.ops.aten.convolution_backward(g, x, conv.weight, None, *options)[0]
+            return g if onto is None else onto.add_(g)
+        # of stride 1: the convolution with the flipped weights
+        if onto is None:
+            return mkldnn._convolution_pointwise(g, flipped, None, around, ones, ones, 1, "none", [], "")
+        then = "add", 1.0, None, [], None
+        return mkldnn._convolution_pointwise_.binary(onto, g, flipped, None, around, ones, ones, 1, *then)
+
+    return forward, backward
+
+
+def _packed_skip(skip):
+    """The same two functions, forward(x) and backward(g, x), of what a block has beside its convolutions."""
+    if type(skip) is nn.Conv2d:
+        forward, backward = _packed(skip)
+        return functools.partial(forward, then="none"), backward
+    if type(skip) is nn.Identity:
+        return skip, lambda g, x: g
+
+    def backward(g, x):
+        out = torch.zeros_like(x)
+        out[:, :, :: skip.stride, :: skip.stride] = g[:, : x.shape[1]]
+        return out
+
+    return skip, backward
+
+
+class _Chain(nn.Module):
+    """Successive ReLU blocks as one step of autograd, by the kernels that torch's compiler takes on a CPU.
+
+    Convolutions run near the peak of its arithmetic; what is left to save are the passes over memory between them. Here
+    ReLU and sums are done where a convolution writes its result, and the backward pass overwrites its own gradients.
+    """
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks, self.packed = blocks, None
+
+    def __getstate__(self):
+        return self.__dict__ | {"packed": None}  # weights in oneDNN's layout cannot be copied
+
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu"):
+            return self.blocks(x)
+        if self.packed is None:
+            self.packed = [(_packed(b.conv1), _packed(b.conv2), _packed_skip(b.skip), b.scale) for b in self.blocks]
+        return _ChainFunction.apply(x.contiguous(memory_format=torch.channels_last), self.packed)
+
+
+class _ChainFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed):
+        kept = [x]
+        for (conv1, _), (conv2, _), (skip, _), scale in packed:
+            inner, other = conv1(x), skip(x)
+            x = conv2(inner, other if scale is None else scale * other)
+            kept += [inner, x]
+        ctx.packed = packed
+        ctx.save_for_backward(*kept)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        kept, threshold = list(ctx.saved_tensors), torch.ops.aten.threshold_backward
+        g = threshold(g.contiguous(memory_format=torch.channels_last), kept.pop(), 0)
+        for (_, conv1), (_, conv2), (_, skip), scale in reversed(ctx.packed):
+            inner, x = kept.pop(), kept.pop()
+            through = conv2(g, inner)
+            threshold.grad_input(through, inner, 0, grad_input=through)
+            g = conv1(through, x, onto=skip(g if scale is None else g.mul_(scale), x))
+            if kept:
+                threshold.grad_input(g, x, 0, grad_input=g)
+        return g, None
+
+
+def _chained(blocks):
+    """True where a ``_Chain`` computes the same as these blocks, and this processor has its kernels."""
+    there = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+    there = there and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+    return there and all(type(b) is _Residual and type(b.act1) is type(b.act2) is nn.ReLU for b in blocks)
 
 
 def twin(model):
@@ -119,6 +231,9 @@ def twin(model):
     on_cpu = next(out.parameters()).device.type == "cpu"
     if on_cpu and all(isinstance(m, ANY_LAYOUT) for m in leaves):
         out = out.to(memory_format=torch.channels_last)
+        for name, child in list(out.named_children()):
+            if type(child) is nn.Sequential and len(child) > 0 and _chained(child):
+                setattr(out, name, _Chain(child))
     return out
 
 
