@@ -195,3 +195,24 @@ def test_adversarial_training_helps(digits):
         attack = lambda m, x, y: attacks.pgd(m, x, y, eps=0.1, steps=10)  # noqa: E731
         rates[method] = evaluate.robust_accuracy(model, digits, attack).rate
     assert rates["fgsm_rs"] > rates["standard"] + 0.2, rates
+
+
+@pytest.mark.parametrize("activation, last", [("relu", True), ("kaf", False)])
+def test_in_channels_last_the_same_is_learned(tiny, monkeypatch, activation, last):
+    trained, layouts = [], []
+    for there in (True, False):
+        if not there:
+            monkeypatch.setattr(training, "any_layout", lambda model: False)
+        torch.manual_seed(0)
+        model = models.resnet(8, activation, in_channels=1, image_size=8)  # no dropout: its masks follow the layout
+        watch = model.blocks[0].conv1.register_forward_pre_hook(
+            lambda m, x: layouts.append(m.weight.is_contiguous(memory_format=torch.channels_last))
+        )
+        fit(model, tiny, Recipe("standard", epochs=1, lr=(0.001, 0.1)))
+        watch.remove()
+        trained.append(model)
+        assert all(p.is_contiguous() for p in model.parameters())
+    half = len(layouts) // 2
+    assert half > 0 and set(layouts[:half]) == {last} and set(layouts[half:]) == {False}
+    for a, b in zip(*(m.parameters() for m in trained), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

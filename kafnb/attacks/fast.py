@@ -1,5 +1,7 @@
-"""A quicker twin of a network for attacks: batch normalisation folded into convolutions, channels last in memory, and on
-a CPU residual blocks of ReLU in as few passes over memory as there are convolutions.
+"""A quicker twin of a network for attacks.
+
+Batch normalisation is folded into convolutions, channels are last in memory, and on a CPU residual blocks of ReLU take
+as few passes over memory as there are convolutions.
 
 In eval mode batch normalisation is y = s x + t a channel, with s = weight / sqrt(var + eps): behind a convolution it
 is part of that convolution's weights. The twin computes the same logits and input gradients up to rounding.
@@ -212,6 +214,11 @@ def _chained(blocks):
     return there and all(type(b) is _Residual and type(b.act1) is type(b.act2) is nn.ReLU for b in blocks)
 
 
+def any_layout(model):
+    """True if every layer computes the same on channels last as on channels first, without copies."""
+    return all(isinstance(m, ANY_LAYOUT) for m in model.modules() if not any(m.children()))
+
+
 def twin(model):
     """A quicker copy of a network in eval mode, or the network itself where none is known to be the same.
 
@@ -227,9 +234,7 @@ def twin(model):
     with torch.no_grad():
         _fold(out)
     out.requires_grad_(False)
-    leaves = [m for m in out.modules() if not any(m.children())]
-    on_cpu = next(out.parameters()).device.type == "cpu"
-    if on_cpu and all(isinstance(m, ANY_LAYOUT) for m in leaves):
+    if next(out.parameters()).device.type == "cpu" and any_layout(out):
         out = out.to(memory_format=torch.channels_last)
         for name, child in list(out.named_children()):
             if type(child) is nn.Sequential and len(child) > 0 and _chained(child):
