@@ -220,6 +220,18 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     return model
 
 
+# work on any memory layout; a KAF works on channels-first blocks and would copy
+ANY_LAYOUT = (
+    nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout,
+    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Tanh, _PadShortcut,
+)  # fmt: skip
+
+
+def any_layout(model):
+    """True if every layer computes the same on channels last as on channels first, without copies."""
+    return all(isinstance(m, ANY_LAYOUT) for m in model.modules() if not any(m.children()))
+
+
 def maker(name):
     """The function that makes the model of this name."""
     makers = {"mlp": mlp, "textbook_cnn": textbook_cnn, "light_cnn": light_cnn, "vgg": vgg}

@@ -10,13 +10,13 @@ from tqdm.auto import tqdm
 
 from . import checks
 from .attacks import pgd
-from .attacks.fast import any_layout
 from .collapse import collapsed, message, watched
 from .data import Data, augment, to_unit
 from .evaluate import clean_accuracy, robust_accuracy
 from .gradients import first_nonfinite, measure
 from .kwta import KWTA
 from .methods import METHODS
+from .models import any_layout
 from .recipe import PRECISIONS, Recipe, epochs_of, kwta_ratio, optimizer_of, triangular
 
 

@@ -15,13 +15,8 @@ import platform
 import torch
 from torch import nn
 
-from ..models import HeBlock, PreactBlock, ThesisBlock, _PadShortcut
+from ..models import HeBlock, PreactBlock, ThesisBlock, any_layout
 
-# work on any memory layout; a KAF works on channels-first blocks and would copy
-ANY_LAYOUT = (
-    nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout,
-    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Tanh, _PadShortcut,
-)  # fmt: skip
 KNOWN = ("torch.nn.modules", "kafnb.models", "kafnb.kaf", "kafnb.kwta", "kafnb.parametric", "kafnb.attacks.fast")
 
 
@@ -212,11 +207,6 @@ def _chained(blocks):
     there = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
     there = there and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
     return there and all(type(b) is _Residual and type(b.act1) is type(b.act2) is nn.ReLU for b in blocks)
-
-
-def any_layout(model):
-    """True if every layer computes the same on channels last as on channels first, without copies."""
-    return all(isinstance(m, ANY_LAYOUT) for m in model.modules() if not any(m.children()))
 
 
 def twin(model):
