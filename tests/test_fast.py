@@ -77,6 +77,13 @@ def test_a_chain_of_relu_blocks_is_the_same_in_float64(block):
         g.sum().backward()
 
 
+def test_what_is_not_a_number_stays_so():
+    model = trained_like(models.resnet(8, "relu"))
+    with torch.no_grad():
+        model.blocks[1].conv1.weight[0] = torch.nan
+        assert twin(model)(torch.rand(2, 3, 32, 32)).isnan().all()
+
+
 @pytest.mark.parametrize("flipped", [False, True])
 def test_skips_of_relu_blocks_need_no_factor_where_none_is_negative(flipped):
     torch.manual_seed(0)

@@ -226,8 +226,9 @@ def twin(model):
     out.requires_grad_(False)
     if next(out.parameters()).device.type == "cpu" and any_layout(out):
         out = out.to(memory_format=torch.channels_last)
+        finite = all(v.isfinite().all() for v in out.state_dict().values())  # oneDNN's ReLU makes 0 of NaN
         for name, child in list(out.named_children()):
-            if type(child) is nn.Sequential and len(child) > 0 and _chained(child):
+            if finite and type(child) is nn.Sequential and len(child) > 0 and _chained(child):
                 setattr(out, name, _Chain(child))
     return out
 
