@@ -34,9 +34,9 @@ class Bars:
 
     def report(self, i, done, total):
         if i not in self.running:
-            name = self.names[i][:40]
-            self.running[i] = tqdm(total=total, unit="epoch", leave=False, desc=name, disable=not self.show)
-        self.running[i].update(done - self.running[i].n)
+            shown = dict(desc=self.names[i][:40], leave=False, disable=not self.show)
+            self.running[i] = tqdm(total=total, initial=done, unit="epoch", **shown)  # what is done took no time here
+        self.running[i].update(max(0, done - self.running[i].n))  # checkpoints go when training ends
 
     def finished(self, i):
         if i in self.running:
@@ -91,8 +91,8 @@ def processes(
             while todo:
                 done, _ = wait(todo, timeout=0.5 if progress else None, return_when=FIRST_COMPLETED)
                 for i in todo.values() if progress else ():
-                    if epochs := _progress(Path(store) / experiments[i].name):
-                        bars.report(i, epochs, epochs_of(experiments[i].recipe))
+                    if (folder := Path(store) / experiments[i].name).is_dir():  # some worker has begun
+                        bars.report(i, _progress(folder), epochs_of(experiments[i].recipe))
                 for future in done:
                     future.result()
                     bars.finished(todo[future])

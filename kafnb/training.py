@@ -1,5 +1,6 @@
-"""One training loop, and the learning-rate range test. What is learned from a batch is in ``methods``."""
+"""One training loop, and the learning-rate range test. A pass over the images is in ``epoch``."""
 
+import functools
 import math
 import time
 import warnings
@@ -8,66 +9,16 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import checks
+from . import checks, graphs
 from .attacks import pgd
 from .collapse import collapsed, message, watched
-from .data import Data, augment, to_unit
+from .data import Data, to_unit
+from .epoch import Diverged, one_pass
 from .evaluate import clean_accuracy, robust_accuracy
-from .gradients import first_nonfinite, measure
+from .gradients import measure
 from .kwta import KWTA
-from .methods import METHODS
 from .models import any_layout
-from .recipe import PRECISIONS, Recipe, epochs_of, kwta_ratio, optimizer_of, triangular
-
-
-def _batches(x, y, recipe):
-    """One shuffled pass over uint8 images on the device, as float batches. A last batch of one image is left out."""
-    for index in torch.randperm(len(x), device=x.device).split(recipe.batch_size):
-        if len(index) > 1:  # batch statistics of one image would be an error
-            batch = to_unit(x[index])
-            yield (batch if recipe.augment == "none" else augment(batch, recipe.augment)), y[index]
-
-
-class Autocast(torch.nn.Module):
-    """The model with its forward pass in a lower precision; logits in float32."""
-
-    def __init__(self, model, dtype):
-        super().__init__()
-        self.model, self.dtype = model, dtype
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, self.dtype):
-            return self.model(x).float()
-
-
-class Diverged(ArithmeticError):
-    """A gradient that is not finite; the message names the layer."""
-
-
-def _epoch(model, x, y, optimizer, scaler, recipe, lr_at, done=(0.0, 1.0)):
-    """Train for one pass, from ``done[0]`` to ``done[1]`` of all training.
-
-    Yields (summed loss, number correct, number seen) after each optimiser step.
-    """
-    dtype, state = PRECISIONS[recipe.precision], {}
-    net = model if dtype == torch.float32 else Autocast(model, dtype)
-    net.train()
-    for i, (xb, yb) in enumerate(_batches(x, y, recipe)):
-        state["progress"] = done[0] + (done[1] - done[0]) * i * recipe.batch_size / len(x)
-        for logits, loss in METHODS[recipe.method](net, xb, yb, recipe, state):
-            lr = lr_at()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            if recipe.clip is not None:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            if recipe.monitor and not scaler.is_enabled() and (layer := first_nonfinite(model)):
-                raise Diverged(f"the gradient of {layer} is not finite")
-            scaler.step(optimizer)
-            scaler.update()
-            yield loss.detach() * len(yb), (logits.detach().argmax(1) == yb).sum(), len(yb)
+from .recipe import Recipe, epochs_of, kwta_ratio, optimizer_of, triangular
 
 
 def _check(model, data, recipe, seed, device):
@@ -87,12 +38,13 @@ def _to(model, device):
 
 @torch.enable_grad()
 def fit(
-    model, data, recipe, *, seed=0, device="cpu", progress=False, resume=None, save=None, epoch=_epoch
+    model, data, recipe, *, seed=0, device="cpu", progress=False, resume=None, save=None, epoch=None
 ):  # fmt: skip
     """Train ``model`` in place.
 
     Every epoch starts from its own seed, (seed, epoch), so a run that was stopped and resumed draws the same
-    numbers as one that was not. The global generators are left as they were.
+    numbers as one that was not. The global generators are left as they were. On CUDA the steps are replays of one
+    graph where they can be (``graphs.usable``).
 
     Parameters
     ----------
@@ -103,7 +55,7 @@ def fit(
     save : callable, optional
         Called after each epoch with the whole state: model, optimiser, epoch, history.
     epoch : callable
-        In place of ``_epoch``; ``distributed`` has one for several processes.
+        In place of ``epoch.one_pass``; ``distributed`` has one for several processes.
 
     Returns
     -------
@@ -118,7 +70,8 @@ def fit(
     x, y = data.x_train.to(device), data.y_train.to(device)
     optimizer = optimizer_of(model, recipe)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.precision == "float16")
-    history, epochs = [], epochs_of(recipe)
+    history, epochs, graphed = [], epochs_of(recipe), epoch is None and graphs.usable(recipe, device)
+    epoch = epoch or functools.partial(one_pass, graphed=graphs.Graphed() if graphed else None)
     if resume:
         try:
             model.load_state_dict(resume["model"])
@@ -127,6 +80,7 @@ def fit(
             history = list(resume["history"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ValueError("resume is not a state that fit saved of this model and recipe: start without") from error
+    graphs.prepare(optimizer, device, graphed)
     batches = len(x) // recipe.batch_size + (len(x) % recipe.batch_size > 1)
     total = epochs * batches * (recipe.replays if recipe.method == "free" else 1)
     step = len(history) * (total // max(epochs, 1))
@@ -236,7 +190,7 @@ def range_test(model, data, recipe, *, low=1e-4, high=10.0, steps=100, seed=0, d
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while True:
-            for loss_sum, _, n in _epoch(model, x, y, optimizer, scaler, recipe, rate):
+            for loss_sum, _, n in one_pass(model, x, y, optimizer, scaler, recipe, rate):
                 mean = 0.9 * mean + 0.1 * float(loss_sum) / n
                 smooth = mean / (1 - 0.9 ** (len(rows) + 1))
                 rows.append({"lr": rate(), "loss": float(loss_sum) / n, "smooth": smooth})

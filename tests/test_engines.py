@@ -254,3 +254,15 @@ def test_kill_a_node_in_the_middle_of_twelve_experiments(three_nodes, tmp_path, 
 def sequential_store(tmp_path):
     """One for all repetitions: trained at the first."""
     return tmp_path.parent / "sequential-middle"
+
+
+def test_bars_time_only_the_epochs_they_saw(capsys):
+    bars = engines.Bars(table(1), show=True)
+    bars.report(0, 15, 20)  # resumed, or first seen, after fifteen
+    bar = bars.running[0]
+    bars.report(0, 16, 20)
+    assert (bar.initial, bar.n) == (15, 16)
+    bars.report(0, 0, 20)  # trained, being attacked: the checkpoints are gone, the epochs are not
+    assert bar.n == 16
+    bars.finished(0)
+    bars.close()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from .. import training
 from ..data import load_data
+from ..epoch import batches, taken
 from ..results import finished_in, origin_of, trained
 from ..store import Folder, default_store
 from .steps import Learner, group, learn, wrapped
@@ -64,7 +65,8 @@ def fit(
                     torch.zeros(3, dtype=torch.float64),
                     processes * accumulate,
                 )
-                for i, (xb, yb) in enumerate(training._batches(x, y, recipe)):
+                for i, index in enumerate(batches(x, recipe)):
+                    xb, yb = taken(x, y, index, recipe)
                     if len(xb) < parts:  # not an image for each
                         continue
                     for s in states:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import training
+from ..epoch import Autocast
 from ..methods import METHODS
 from ..recipe import PRECISIONS
 from .whole import Rows
@@ -54,7 +54,7 @@ class Learner(nn.Module):
 
 def wrapped(model, precision="float32"):
     """(a ``Learner``, in DDP where there is a group; the network that the methods see)."""
-    net = model if precision == "float32" else training.Autocast(model, PRECISIONS[precision])
+    net = model if precision == "float32" else Autocast(model, PRECISIONS[precision])
     learner = Learner(net.train())
     return (DistributedDataParallel(learner) if dist.is_initialized() else learner), net
 
