@@ -48,7 +48,7 @@ def set_rate(optimizer, rate):
 def capture(step, index):
     """(replay, outputs) of ``step(index)``, which is recorded here and not run."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(index.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(index.device)):
         outputs = step(index)
     return graph.replay, outputs
 

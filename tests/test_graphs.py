@@ -74,6 +74,7 @@ class Recorder:
         return replay, outputs
 
 
+@pytest.mark.parametrize("activation", ["relu", "kaf"])  # in channels last, and not
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -82,7 +83,7 @@ class Recorder:
     ],
     ids=["sgd", "adam"],
 )
-def test_replayed_training_is_the_plain_one(tiny, recipe, monkeypatch):
+def test_replayed_training_is_the_plain_one(tiny, recipe, activation, monkeypatch):
     """Order of batches, draws, rates, the short last batch, to the last bit: only the recording is not CUDA's own."""
     prepare, recorder, found = graphs.prepare, Recorder(), []
 
@@ -96,7 +97,7 @@ def test_replayed_training_is_the_plain_one(tiny, recipe, monkeypatch):
     for graphed in (False, True):
         monkeypatch.setattr(graphs, "usable", lambda recipe, device, now=graphed: now)
         torch.manual_seed(0)
-        model = models.light_cnn("kaf", in_channels=1, image_size=8)
+        model = models.light_cnn(activation, in_channels=1, image_size=8)
         found.append((fit(model, tiny, recipe, seed=3), model.state_dict()))
     full = 3 * (200 // 32)  # the batch of 8 at the end of each epoch is no replay
     assert (recorder.captures, recorder.replays) == (1, full - graphs.WARMUP)
