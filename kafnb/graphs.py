@@ -13,11 +13,16 @@ import torch
 
 WARMUP = 3  # steps before the capture, so that kernels are compiled and the optimiser's memory is there
 QUIET = ("standard", "fgsm", "fgsm_rs", "pgd", "n_fgsm", "trades", "gaussian")  # methods that ask for no value
+OPTIMIZERS = ("sgd", "adam")  # whose rate can stand on the GPU; a user's own are not touched
 
 
-def usable(recipe, device):
-    """True where ``Graphed`` can stand in for a step of this recipe; the environment's KAFNB_GRAPHS=0 says never."""
-    quiet = recipe.method in QUIET and recipe.optimizer in ("sgd", "adam") and recipe.precision != "float16"
+def usable(model, recipe, device):
+    """True where ``Graphed`` can stand in for a step of this recipe; the environment's KAFNB_GRAPHS=0 says never.
+
+    A network with layers that are neither PyTorch's nor ours is left to plain steps: they may ask for values.
+    """
+    quiet = recipe.method in QUIET and recipe.optimizer in OPTIMIZERS and recipe.precision != "float16"
+    quiet &= all(type(m).__module__.split(".")[0] in ("torch", "kafnb") for m in model.modules())
     changing = recipe.monitor or recipe.kwta_start is not None
     wanted = os.environ.get("KAFNB_GRAPHS", "1") != "0"
     return torch.device(device).type == "cuda" and quiet and not changing and wanted

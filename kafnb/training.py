@@ -70,7 +70,7 @@ def fit(
     x, y = data.x_train.to(device), data.y_train.to(device)
     optimizer = optimizer_of(model, recipe)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.precision == "float16")
-    history, epochs, graphed = [], epochs_of(recipe), epoch is None and graphs.usable(recipe, device)
+    history, epochs, graphed = [], epochs_of(recipe), epoch is None and graphs.usable(model, recipe, device)
     epoch = epoch or functools.partial(one_pass, graphed=graphs.Graphed() if graphed else None)
     if resume:
         try:
@@ -80,7 +80,8 @@ def fit(
             history = list(resume["history"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ValueError("resume is not a state that fit saved of this model and recipe: start without") from error
-    graphs.prepare(optimizer, device, graphed)
+    if recipe.optimizer in graphs.OPTIMIZERS:
+        graphs.prepare(optimizer, device, graphed)
     batches = len(x) // recipe.batch_size + (len(x) % recipe.batch_size > 1)
     total = epochs * batches * (recipe.replays if recipe.method == "free" else 1)
     step = len(history) * (total // max(epochs, 1))

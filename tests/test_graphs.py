@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kafnb import Recipe, epoch, fit, graphs, methods, models
-from kafnb.recipe import optimizer_of
+from kafnb.recipe import OPTIMIZERS, optimizer_of
 
 ACTIVATIONS = ("relu", "swish", "prelu", "apl", "saf", "maxout", "pssilu", "kwta", "kaf", "kaf_elu", "kaf_free")
 
@@ -50,10 +50,32 @@ def test_who_asks_for_a_value_is_found(monkeypatch):
     [dict(method="free"), dict(method="interval"), dict(precision="float16"), dict(monitor=True), dict(kwta_start=0.3)],
 )
 def test_what_is_left_to_plain_steps(changes, monkeypatch):
-    assert graphs.usable(Recipe("fgsm_rs"), "cuda") and not graphs.usable(Recipe("fgsm_rs"), "cpu")
-    assert not graphs.usable(Recipe(**{"method": "fgsm_rs"} | changes), "cuda")
+    model, recipe = models.resnet(8, "kaf"), Recipe("fgsm_rs")
+    assert graphs.usable(model, recipe, "cuda") and not graphs.usable(model, recipe, "cpu")
+    assert not graphs.usable(model, Recipe(**{"method": "fgsm_rs"} | changes), "cuda")
+
+    class Own(torch.nn.Module):
+        pass
+
+    assert not graphs.usable(torch.nn.Sequential(model, Own()), recipe, "cuda")
     monkeypatch.setenv("KAFNB_GRAPHS", "0")
-    assert not graphs.usable(Recipe("fgsm_rs"), "cuda")
+    assert not graphs.usable(model, recipe, "cuda")
+
+
+def test_a_users_own_optimizer_is_not_touched(tiny, monkeypatch):
+    """One whose state has a plain number of steps, trained on from a saved state."""
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"] + self.param_groups[1]["params"]:
+                self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            return super().step(closure)
+
+    monkeypatch.setitem(OPTIMIZERS, "counting", lambda groups, recipe: Counting(groups, lr=recipe.lr[1], fused=True))
+    recipe, states = Recipe(epochs=2, optimizer="counting", lr=(0.01, 0.1)), []
+    fit(models.mlp(), tiny, recipe, save=lambda state: states.append(copy.deepcopy(state)))
+    assert states[0]["optimizer"]["param_groups"][1]["fused"] is True
+    assert len(fit(models.mlp(), tiny, recipe, resume=states[0])) == 2
 
 
 class Recorder:
@@ -95,7 +117,7 @@ def test_replayed_training_is_the_plain_one(tiny, recipe, activation, monkeypatc
     monkeypatch.setattr(graphs, "prepare", alike)
     monkeypatch.setattr(graphs, "capture", recorder)
     for graphed in (False, True):
-        monkeypatch.setattr(graphs, "usable", lambda recipe, device, now=graphed: now)
+        monkeypatch.setattr(graphs, "usable", lambda *_, now=graphed: now)
         torch.manual_seed(0)
         model = models.light_cnn(activation, in_channels=1, image_size=8)
         found.append((fit(model, tiny, recipe, seed=3), model.state_dict()))
