@@ -89,6 +89,12 @@ def instance(value, kind, name, hint=""):
     return value
 
 
+def gradients(what):
+    """That gradients can be had where ``what`` is called."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{what} needs gradients: call it outside torch.inference_mode(); torch.no_grad() is fine")
+
+
 def file_name(name, what):
     """A name that goes into the name of a file or folder: it must stay inside the folder it is meant for."""
     instance(name, str, what)

@@ -22,6 +22,7 @@ from .recipe import Recipe, epochs_of, kwta_ratio, optimizer_of, triangular
 
 
 def _check(model, data, recipe, seed, device):
+    checks.gradients("training")
     checks.instance(model, torch.nn.Module, "model")
     checks.instance(data, Data, "data", " (see load_data)")
     checks.instance(recipe, Recipe, "recipe")

@@ -1,12 +1,14 @@
 """Attacks stay where they may, find what an independent library finds, and leave no trace."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kafnb import attacks, models
+from kafnb import Recipe, attacks, load_data, models, training
 from kafnb.attacks import losses
 
 
@@ -150,6 +152,13 @@ def test_works_under_no_grad_and_restores_after_an_error(net, images):
     with pytest.raises(ValueError):
         attacks.fgsm(net, x[:, :, :3, :3], y, eps=0.1)
     assert net.training and all(p.requires_grad for p in net.parameters())
+
+
+def test_inference_mode_gets_one_line(net, images):
+    fit = functools.partial(training.fit, net, load_data("digits"), Recipe(epochs=1))
+    for call in (functools.partial(attacks.fgsm, net, *images, eps=0.1), fit):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"^\w+ ?\w* needs gradients: call it outside .*$"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from benchmark_kaf import peak_memory, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kafnb import KAF
 from kafnb.kaf import RIDGE_TARGETS
@@ -307,6 +308,35 @@ def test_functorch(trainable):
         assert torch.allclose(by_params[name], value, atol=1e-12)
     per_example = torch.func.vmap(torch.func.grad(lambda p, w: f(p, w[None]).sum()), in_dims=(None, 0))(params, x[0])
     assert torch.allclose(per_example["alpha"].sum(0), torch.autograd.grad(kaf(x[0]).sum(), kaf.alpha)[0])
+
+
+def in_inference_mode(kaf, x):
+    with torch.inference_mode():
+        kaf(x)
+
+
+def of_fake_tensors(kaf, x):
+    with FakeTensorMode():
+        fake = KAF(3, 20, kaf.boundary, kernel=kaf.kernels)
+        assert type(fake(torch.randn(4, 3, 5))) is FakeTensor
+
+
+def inside_torch_func(kaf, x):
+    if kaf.kernels == ("gaussian",):
+        torch.func.vmap(torch.func.grad(lambda v: kaf(v[None]).sum()))(x)
+
+
+@pytest.mark.parametrize("first", [in_inference_mode, of_fake_tensors, inside_torch_func])
+@pytest.mark.parametrize("kernel", ["gaussian", "matern32"])
+def test_what_is_kept_for_later_calls_is_plain(first, kernel):
+    """A layer's first call may be in a mode whose tensors are no others': the next can train, and gives numbers."""
+    kaf, x = KAF(3, 20, 2.0 + torch.rand(()).item(), kernel=kernel), torch.randn(4, 3, 5)  # a grid no test has used
+    first(kaf, x)
+    y = kaf(x.requires_grad_())
+    want = reference(x.double(), *exact(kaf)) if kernel == "gaussian" else copy.deepcopy(kaf).double()(x.double())
+    assert (y - want).abs().max() < 1e-5
+    slope, wanted = (torch.autograd.grad(f.sum(), x)[0] for f in (y, want))
+    assert (slope - wanted).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("size", [5, 20, 64])

@@ -126,6 +126,7 @@ def pgd(
 
 
 def _check(model, x, y, eps, norm):
+    checks.gradients("an attack")
     checks.instance(model, torch.nn.Module, "model")
     checks.pick(NORMS, norm, "norm")
     checks.radius(eps)

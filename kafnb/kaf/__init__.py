@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checks import count, instance, number, pick, shown
 from .gaussian import grid_mixture
-from .grid import Grid, points
+from .grid import Grid, bandwidth, points
 from .kernels import KERNELS, default_bandwidth, ridge_coefficients, second_moment
 from .mixture import mixture
 
@@ -40,7 +40,8 @@ class KAF(nn.Module):
         Half width of the dictionary, > 0.
     kernel : str or tuple of str
         "gaussian", "laplacian", "matern32", "matern52", "rational_quadratic", "periodic", "relu", "softplus". The
-        Gaussian is much the fastest. Several share alpha and are summed with weights learned per channel (``mix``).
+        Gaussian is much the fastest, and alone works inside ``torch.func``. Several share alpha and are summed with
+        weights learned per channel (``mix``).
     init : None, str or callable
         None draws alpha from normal(0, 0.05), as the thesis does. "unit" draws it so that E[f(x)^2] = 1 on average for
         x ~ N(0, 1). "relu", "elu", "swish", "tanh" or any element-wise function on tensors: alpha by ridge regression
@@ -123,12 +124,12 @@ class KAF(nn.Module):
     @property
     def dictionary(self):
         """Points d_i, shape (1, D), or (C, D) where they are learned."""
-        return self.points if self.grid is None else points(self.grid, self.alpha)
+        return self.points if self.grid is None else points(self.grid, self.alpha).clone()
 
     @property
     def bandwidth(self):
         """gamma, shape (1,), or (C,) where it is learned."""
-        return self.log_bandwidth.exp() if self.grid is None else self.alpha.new_full((1,), self.grid.gamma)
+        return self.log_bandwidth.exp() if self.grid is None else bandwidth(self.grid, self.alpha).clone()
 
     def forward(self, x):
         if not hasattr(x, "ndim") or (isinstance(x, torch.Tensor) and not x.is_floating_point()):
@@ -143,7 +144,7 @@ class KAF(nn.Module):
                 part = grid_mixture(x, a, self.grid, self._grid_text)
             else:
                 dictionary = self.points.to(dtype) if self.grid is None else points(self.grid, a)
-                gamma = self.log_bandwidth.to(dtype).exp() if self.grid is None else a.new_full((1,), self.grid.gamma)
+                gamma = self.log_bandwidth.to(dtype).exp() if self.grid is None else bandwidth(self.grid, a)
                 part = mixture(x.to(dtype), a, dictionary, gamma, kernel).to(x.dtype)
             out = part if out is None else out + part
         return out

@@ -1,16 +1,17 @@
-"""The even-grid mixture in eager mode: element-wise steps on blocks that fit the cache, and small matrix products."""
+"""The even-grid mixture in eager mode: element-wise steps on tiles that fit the cache, and small matrix products."""
 
 import functools
+import itertools
 import math
 import threading
 
 import torch
 from torch.nn import functional as F
 
-from .grid import chunks
+from .grid import apart, chunks, kept, plain
 
 STRIDE = 5  # powers r^0 .. r^4 are stored, R = r^5 links the groups
-BLOCK = 65_536  # elements worked on at a time
+BLOCK = 16_384  # elements worked on at a time: some 1 MB of temporaries
 KEEP = 2**24  # largest workspace, in elements, that a thread keeps
 
 
@@ -19,61 +20,110 @@ def _chunks(grid):
     return chunks(grid, STRIDE)
 
 
-_arenas = threading.local()
+@kept
+def _table(grid, k, rows, dtype, device):
+    """Of chunk k: w and, as a second row, m w for the slope, (rows, D padded), to be multiplied with alpha."""
+    chunk, slope = _chunks(grid)[k], 2 * grid.gamma * grid.spacing
+    moments = [slope * m * w for m, w in zip(chunk.offsets, chunk.weights, strict=True)]
+    return torch.tensor([chunk.weights, moments][:rows], dtype=torch.float64).to(device, dtype)
 
 
-class _Workspace:
-    """Temporaries of one block, channels first: (C, elements), cut from memory that the thread keeps for the next call.
+class _Kept(threading.local):
+    """Of this thread: memory, one piece a type and device, and the tiles cut from it.
 
-    (Asking the allocator for fresh pages at every call costs more than the arithmetic on small layers.)
+    Asking the allocator for fresh pages, and cutting them up, costs more than the arithmetic on small layers.
     """
 
-    def __init__(self, channels, elements, grid, x, dtype, inner=1):
-        groups = max(c.groups for c in _chunks(grid))
-        rows = (1, 1, 1, STRIDE, inner * groups)
-        size = channels * elements * sum(rows)
-        key = f"{x.device}-{dtype}"
-        arena = getattr(_arenas, key, None)
-        if arena is None or len(arena) < size:
-            arena = torch.empty(size, dtype=dtype, device=x.device)
-            if size <= KEEP:
-                setattr(_arenas, key, arena)
-        parts = arena[:size].split([channels * elements * r for r in rows])
-        self.u, self.t, self.r = (p.view(channels, elements) for p in parts[:3])
-        self.low, self.high = (p.view(-1, channels, elements) for p in parts[3:])  # slices of one power lie together
-        self.inner = parts[4].view(channels, -1, elements)  # the same memory, as a matrix product wants it
+    def __init__(self):
+        self.memory, self.tiles = {}, {}
+
+    def cut(self, x, grid, dtype, inner):
+        """A tile for each chunk of the grid, all in the same memory, for x (C, n, l)."""
+        shape, place = tuple(x.shape), (dtype, x.device)
+        size = math.prod(shape) * max(_Tile.rows(chunk, inner) for chunk in _chunks(grid))
+        if size > KEEP or not plain(x):
+            return _cut(_memory(size, *place), shape, grid, inner)
+        key = (place, shape, grid, inner)
+        if key not in self.tiles:
+            if place not in self.memory or len(self.memory[place]) < size:
+                self.memory[place] = apart(_memory, size, *place)
+                self.tiles.clear()  # they hold what was there before
+            if len(self.tiles) >= 256:
+                self.tiles.clear()
+            self.tiles[key] = apart(_cut, self.memory[place], shape, grid, inner)
+        return self.tiles[key]
+
+
+def _cut(memory, shape, grid, inner):
+    return [_Tile(memory, shape, chunk, grid, inner) for chunk in _chunks(grid)]
+
+
+def _memory(size, dtype, device):
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+_kept = _Kept()
+
+
+def _cuts(tiles, grid, dtype, inner):
+    """What ``_Kept.cut`` gives for each of the tiles, most of which have one shape."""
+    for i, x in enumerate(tiles):
+        if i == 0 or x.shape != tiles[i - 1].shape:
+            cut = _kept.cut(x, grid, dtype, inner)
+        yield cut
+
+
+class _Tile:
+    """Temporaries for one tile of x, (C, n, l), and one chunk of the grid; of its groups, ``inner`` sums are wanted."""
+
+    @staticmethod
+    def rows(chunk, inner):
+        return 3 + STRIDE + inner * chunk.groups
+
+    def __init__(self, memory, shape, chunk, grid, inner):
+        c, size, count = shape[0], shape[1] * shape[2], self.rows(chunk, inner)
+        rows = memory[: count * c * size].view(count, c, size)
+        self.chunk = chunk
+        self.u, self.t, self.r, *low = (row.view(shape) for row in rows[: 3 + STRIDE])
+        self.low, self.steps = low[0], list(itertools.pairwise(low))
+        self.powers = rows[3 : 3 + STRIDE].transpose(0, 1)  # (C, 5, elements), as a matrix product wants them
+        # the same memory twice: kernels of each group, a group's slices together, and sums of each group, a channel's
+        rows = rows[3 + STRIDE :]
+        self.high, self.groups = [row.view(shape) for row in rows], rows.transpose(0, 1)
+        self.inner = rows.view(c, len(rows), size)
+        sums = self.inner.view(c, len(rows), *shape[1:]).unbind(1)
+        self.sums, self.moments = sums[: chunk.groups], sums[chunk.groups :]
         # r = 2^u and e = 2^(-kappa u^2), as PyTorch's exp2 takes a quarter of exp's time; at u = +-far e is 0, r finite
         self.scale = 2 * grid.gamma * grid.spacing / math.log(2)
         self.kappa = grid.gamma / (2 * self.scale**2) / math.log(2)
-        limits = torch.finfo(dtype)
+        limits = torch.finfo(memory.dtype)
         self.far = math.sqrt((2 - math.log2(limits.tiny) - math.log2(limits.eps)) / self.kappa)
-        self.zero = torch.zeros((), dtype=dtype, device=x.device)
+        self.zero = memory.new_zeros(())
+        self.shift = self.zero - self.scale * chunk.centre
 
-    def factors(self, x, chunk, g=None):
-        """For x and g (C, n, l): u, a multiple of x - c; g e r^s for s < 5, as (C, 5, elements); R = r^5, and 1/R.
+    def factors(self, x, g=None):
+        """For x and g (C, n, l): fills u, a multiple of x - c, and ``powers`` g e r^s; returns R = r^5, and 1/R.
 
         With g also e, in the middle of ``high``.
         """
-        size = x.shape[1] * x.shape[2]
-        u, t, r, low = (v[..., :size] for v in (self.u, self.t, self.r, self.low))
+        u, t, r = self.u, self.t, self.r
         if x.dtype != u.dtype:
-            x = u.view(x.shape).copy_(x)
-        torch.add(self.zero - self.scale * chunk.centre, x, alpha=self.scale, out=u.view(x.shape))
+            x = u.copy_(x)
+        torch.add(self.shift, x, alpha=self.scale, out=u)
         u.clamp_(-self.far, self.far)
         torch.addcmul(self.zero, u, u, value=-self.kappa, out=t)
         if g is None:
-            torch.exp2(t, out=low[0])
+            torch.exp2(t, out=self.low)
         else:
-            e = torch.exp2(t, out=self.high[chunk.middle, :, :size])
-            torch.mul(e.view(x.shape), g, out=low[0].view(x.shape))
+            torch.mul(torch.exp2(t, out=self.high[self.chunk.middle]), g, out=self.low)
         torch.exp2(u, out=r)
-        for s in range(1, STRIDE):
-            torch.mul(low[s - 1], r, out=low[s])
+        for power, higher in self.steps:
+            torch.mul(power, r, out=higher)
         link = back = None
-        if chunk.groups > 1:
+        if self.chunk.groups > 1:
             link = torch.mul(r, r, out=t).square_().mul_(r)
-            back = torch.reciprocal(link, out=r) if chunk.middle else None
-        return u, low.transpose(0, 1), link, back
+            back = torch.reciprocal(link, out=r) if self.chunk.middle else None
+        return link, back
 
 
 def _joined(inner, chunk, link, back):
@@ -86,55 +136,46 @@ def _joined(inner, chunk, link, back):
     return middle
 
 
-def _coefficients(alpha, chunk, grid, want_slope):
+def _coefficients(alpha, k, chunk, grid, rows):
     """alpha w, and m alpha w for the slope, as matrices (C, groups or 2 groups, STRIDE) that meet the powers r^s."""
-    a = F.pad(alpha[:, chunk.start : chunk.stop], (0, len(chunk.weights) - (chunk.stop - chunk.start)))
-    a = a * alpha.new_tensor(chunk.weights)
-    if want_slope:
-        a = torch.cat([a, a * alpha.new_tensor(chunk.offsets) * (2 * grid.gamma * grid.spacing)], 1)
-    return a.view(len(a), -1, STRIDE)
+    a = alpha[:, chunk.start : chunk.stop]
+    if padding := len(chunk.weights) - a.shape[1]:
+        a = F.pad(a, (0, padding))
+    return (a[:, None] * _table(grid, k, rows, alpha)).view(len(a), rows * chunk.groups, STRIDE)
 
 
-def _flat(x):
-    """x as (C, N, L)."""
-    return (x.reshape(*x.shape[:2], -1) if x.numel() else x.new_empty(0, x.shape[1], 1)).transpose(0, 1)
-
-
-def _tiles(c, n, length):
-    """Pairs of slices, over examples and over places, of at most BLOCK elements; and the largest's elements."""
+def _tiles(x):
+    """x (N, C, *) as pieces (C, n, l) of at most BLOCK elements, over examples and over places."""
+    x = x.reshape(*x.shape[:2], -1) if x.numel() else x.new_empty(0, x.shape[1], 1)
+    (n, c, length), x = x.shape, x.transpose(0, 1)
+    if n * c * length <= BLOCK:
+        return [x]
     wide = min(length, max(1, BLOCK // c))
-    tall = max(1, min(n, BLOCK // (c * wide)))
-    return [
-        (slice(None), slice(i, i + tall), slice(j, j + wide)) for i in range(0, n, tall) for j in range(0, length, wide)
-    ], tall * wide
+    rows = x.split(max(1, min(n, BLOCK // (c * wide))), 1)
+    return rows if wide == length else [tile for row in rows for tile in row.split(wide, 2)]
 
 
 def forward(x, alpha, grid, want_slope):
     """f and df/dx (None unless wanted), the latter in alpha's type."""
-    flat = _flat(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     slope = torch.empty_like(out, dtype=alpha.dtype) if want_slope else None
-    tiles, largest = _tiles(*flat.shape)
-    work = _Workspace(len(flat), largest, grid, x, alpha.dtype, inner=1 + want_slope)
-    plan = [(chunk, _coefficients(alpha, chunk, grid, want_slope)) for chunk in _chunks(grid)]
-    flat_out, flat_slope = _flat(out), _flat(slope) if want_slope else None
-    for tile in tiles:
-        xb, f = flat[tile], flat_out[tile]
-        wide = f.dtype != alpha.dtype  # half precision: summed in float32
-        f = torch.empty_like(f, dtype=alpha.dtype) if wide else f
-        for chunk, a in plan:
-            u, low, link, back = work.factors(xb, chunk)
-            inner = torch.bmm(a, low, out=work.inner[:, : a.shape[1], : u.shape[1]])  # (C, groups, 5) x (C, 5, size)
-            inner = inner.unbind(1)
-            e, total = low[:, 0].view(f.shape), _joined(inner[: chunk.groups], chunk, link, back)
-            first = chunk.start == 0
-            _add(f, e, total.view(f.shape), first)
+    wide = x.dtype != alpha.dtype  # half precision: summed in float32
+    rows, tiles = 1 + want_slope, _tiles(x)
+    coefficients = [_coefficients(alpha, k, chunk, grid, rows) for k, chunk in enumerate(_chunks(grid))]
+    cuts = _cuts(tiles, grid, alpha.dtype, rows)
+    for xb, whole, df, cut in zip(tiles, _tiles(out), _tiles(slope) if want_slope else tiles, cuts, strict=True):
+        f = torch.empty_like(whole, dtype=alpha.dtype) if wide else whole
+        for a, tile in zip(coefficients, cut, strict=True):
+            link, back = tile.factors(xb)
+            torch.bmm(a, tile.powers, out=tile.inner)  # (C, groups, 5) x (C, 5, elements)
+            total, first = _joined(tile.sums, tile.chunk, link, back), tile.chunk.start == 0
+            _add(f, tile.low, total, first)
             if want_slope:  # f' = 2 gamma (spacing sum m alpha k - (x - c) f)
-                moment = _joined(inner[chunk.groups :], chunk, link, back)
-                moment.addcmul_(u, total, value=-2 * grid.gamma / work.scale)
-                _add(flat_slope[tile], e, moment.view(f.shape), first)
+                moment = _joined(tile.moments, tile.chunk, link, back)
+                moment.addcmul_(tile.u, total, value=-2 * grid.gamma / tile.scale)
+                _add(df, tile.low, moment, first)
         if wide:
-            flat_out[tile].copy_(f)
+            whole.copy_(f)
     return out, slope
 
 
@@ -145,22 +186,15 @@ def _add(out, a, b, first):
 
 def correlation(x, g, grid, dtype):
     """h_ci = sum g k(x, d_i), (C, D), in ``dtype``."""
-    flat, g = _flat(x), _flat(g)
-    c = len(flat)
-    tiles, largest = _tiles(*flat.shape)
-    work = _Workspace(c, largest, grid, x, dtype)
-    sums = [torch.zeros(c, chunk.groups, STRIDE, dtype=dtype, device=x.device) for chunk in _chunks(grid)]
-    for tile in tiles:
-        for chunk, h in zip(_chunks(grid), sums, strict=True):
-            u, low, link, back = work.factors(flat[tile], chunk, g[tile])
-            high = work.high[: chunk.groups, :, : u.shape[1]]
-            for q in range(chunk.middle + 1, chunk.groups):
-                torch.mul(high[q - 1], link, out=high[q])
-            for q in range(chunk.middle - 1, -1, -1):
-                torch.mul(high[q + 1], back, out=high[q])
-            h.baddbmm_(high.transpose(0, 1), low.transpose(1, 2))
-    parts = [
-        (h.view(c, -1) * h.new_tensor(chunk.weights))[:, : chunk.stop - chunk.start]
-        for chunk, h in zip(_chunks(grid), sums, strict=True)
-    ]
-    return torch.cat(parts, 1)
+    sums = [x.new_zeros(x.shape[1], chunk.groups, STRIDE, dtype=dtype) for chunk in _chunks(grid)]
+    tiles = _tiles(x)
+    for xb, gb, cut in zip(tiles, _tiles(g), _cuts(tiles, grid, dtype, 1), strict=True):
+        for h, tile in zip(sums, cut, strict=True):
+            (link, back), middle = tile.factors(xb, gb), tile.chunk.middle
+            for q in range(middle + 1, tile.chunk.groups):
+                torch.mul(tile.high[q - 1], link, out=tile.high[q])
+            for q in range(middle - 1, -1, -1):
+                torch.mul(tile.high[q + 1], back, out=tile.high[q])
+            h.baddbmm_(tile.groups, tile.powers.transpose(1, 2))
+    parts = [h.view(len(h), -1) * _table(grid, k, 1, h) for k, h in enumerate(sums)]
+    return torch.cat([part[:, : c.stop - c.start] for part, c in zip(parts, _chunks(grid), strict=True)], 1)

@@ -16,7 +16,7 @@ import torch
 from . import compiled as grid_compiled
 from . import dispatch
 from .channels import column, fold, per_channel, unfold_images
-from .grid import points
+from .grid import bandwidth, points
 
 # --- as functions of autograd ----------------------------------------------------------------------------------
 
@@ -152,4 +152,4 @@ def grid_mixture(x, alpha, grid, text=None):
     if torch.compiler.is_compiling() and text is not None:
         return grid_compiled.fused(x, alpha, text)
     want_slope = x.requires_grad and torch.is_grad_enabled()
-    return _Gaussian.apply(x, alpha, points(grid, alpha), alpha.new_full((1,), grid.gamma), grid, want_slope)[0]
+    return _Gaussian.apply(x, alpha, points(grid, alpha), bandwidth(grid, alpha), grid, want_slope)[0]

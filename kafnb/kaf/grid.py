@@ -13,6 +13,7 @@ range. Where that half underflows, some 20 spacings beyond the grid, f is exactl
 * on CUDA, as one Triton kernel forward and one backward (``fused``).
 """
 
+import concurrent.futures
 import functools
 import itertools
 import math
@@ -74,12 +75,48 @@ def parsed(text):
     return Grid(int(size), *[float(v) for v in floats])
 
 
-def points(grid, like):
-    """The grid's dictionary, (1, D), in the type and place of ``like``."""
-    return _points(grid, like.dtype, like.device)
+def plain(x):
+    """Whether x is a Tensor and no stand-in for one (FakeTensorMode's, say)."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
-@functools.lru_cache(maxsize=64)
-def _points(grid, dtype, device):
+def apart(make, *args):
+    """make(*args) in a thread of its own, where no mode of the caller is on: inference, FakeTensorMode, torch.func's.
+
+    A tensor that is kept for later calls must not be what one of them makes of it.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(make, *args).result()
+
+
+def kept(make):
+    """A decorator: ``make(..., dtype, device)`` becomes a function of (..., like) that keeps its tensors."""
+    known = {}
+
+    @functools.wraps(make)
+    def wrapped(*args):
+        *args, like = args
+        args = (*args, like.dtype, like.device)
+        if torch.compiler.is_compiling() or not plain(like):
+            return make(*args)
+        made = known.get(args)
+        if made is None:
+            if len(known) >= 64:
+                known.clear()
+            made = known[args] = apart(make, *args)
+        return made
+
+    return wrapped
+
+
+@kept
+def points(grid, dtype, device):
+    """The grid's dictionary, (1, D)."""
     steps = torch.arange(grid.size, dtype=torch.float64, device=device)
     return (grid.first + grid.spacing * steps).to(dtype)[None]
+
+
+@kept
+def bandwidth(grid, dtype, device):
+    """The grid's gamma, (1,)."""
+    return torch.full((1,), grid.gamma, dtype=dtype, device=device)
