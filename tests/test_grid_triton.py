@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,41 +40,88 @@ def check(device):
                     assert a.shape == b.shape and error <= tolerance, (size, shape, dtype, name, error, top)
 
 
-def test_interpreted():
+def check_free(device):
+    """The same for any dictionary: one a channel or one for all, more points than a kernel takes at a time."""
+    from kafnb.kaf import free, fused_free
+
+    fused_free.BLOCK = 256
+    for size, shared, shape in (
+        (2, False, (3, 4, 5, 7)),
+        (20, False, (70, 2)),
+        (37, True, (9, 3, 40)),
+        (80, False, (0, 3, 2)),
+    ):
+        for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+            torch.manual_seed(size)
+            c = shape[1]
+            x, g = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+            if x.numel():
+                x.view(-1)[0], x.view(-1)[-1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+            tables = (
+                torch.randn(c, size),
+                3 * torch.randn(1 if shared else c, size),
+                0.1 + torch.rand(1 if shared else c),
+            )
+            x64, g64, *t64 = (t.double() for t in (x, g, *tables))
+            want, slope = free.forward(x64, *t64, True)
+            wants = want, *free.gradients(g64, x64, *t64, slope, True, True), free.correlation(x64, g64, *t64[1:])
+            x, g, *tables = (t.to(device) for t in (x, g, *tables))
+            got = fused_free.forward(x, *tables), *fused_free.gradients(g, x, *tables)
+            got = *got, fused_free.correlation(x, g, *tables[1:])
+            for name, a, b in zip(("f", "dx", "dalpha", "dd", "dgamma", "h"), got, wants, strict=True):
+                top = max(b.abs().max().item(), 1e-3) if b.numel() else 1
+                error = (a.cpu().double() - b).abs().max().item() if b.numel() else 0
+                tolerance = (rtol if name in ("f", "dx") else 1e-5) * top
+                assert a.shape == b.shape and error <= tolerance, (size, shape, dtype, name, error, top)
+            assert fused_free.gradients(g, x, *tables, need_parameters=False)[1:] == (None, None, None)
+
+
+@pytest.mark.parametrize("checked", ["check", "check_free"])
+def test_interpreted(checked):
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-c", "import test_grid_triton; test_grid_triton.check('cpu')"],
+        [sys.executable, "-c", f"import test_grid_triton; test_grid_triton.{checked}('cpu')"],
         cwd=os.path.dirname(__file__), env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_compiles_for_a_gpu_that_is_not_here():
+def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
     """Ahead of time for an H100: what the interpreter accepts the compiler may not; and no registers spill."""
     triton = pytest.importorskip("triton")
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    from kafnb.kaf import fused as grid_triton
+    from kafnb.kaf import fused, fused_free
 
-    pointers = dict.fromkeys(("a_ptr", "m_ptr", "h_ptr", "centres"), "*fp32") | dict.fromkeys(
-        ("middles", "sizes"), "*i64"
-    )
-    types = pointers | dict.fromkeys(("x_ptr", "g_ptr", "f_ptr", "dx_ptr"), "*fp16")
-    types |= dict.fromkeys(("k", "middle", "groups", "total"), "i32")
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    types = dict.fromkeys(("a_ptr", "m_ptr", "h_ptr", "d_ptr", "centres", "exponents"), "*fp32")
+    types |= dict.fromkeys(("middles", "sizes"), "*i64")
+    types |= dict.fromkeys(("x_ptr", "g_ptr", "f_ptr", "dx_ptr"), "*fp16")
+    types |= dict.fromkeys(("k", "middle", "groups", "total", "first"), "i32")
     types |= dict.fromkeys(("gamma", "kappa", "centre", "slope_scale"), "fp32")
-    constants = dict(C=16, L=1024, CHUNKS=1, GROUPS=8, BLOCK=128, NEED_X=True, NEED_ALPHA=True, ADD=False)
-    for kernel in (grid_triton._forward_kernel, grid_triton._backward_kernel):
-        names = kernel.arg_names
-        source = compiler.ASTSource(
-            fn=kernel,
-            signature={n: types.get(n, "constexpr") for n in names},
-            constexprs={(names.index(n),): v for n, v in constants.items() if n in names},
-        )
-        assembly = triton.compile(source, target=target).asm["ptx"]
-        assert "ex2.approx" in assembly and ".local" not in assembly
+    needs = dict(NEED_X=True, NEED_ALPHA=True, NEED_SUMS=True, ADD=False, C=16, L=1024)
+    sizes = {
+        fused: dict(CHUNKS=1, GROUPS=8, BLOCK=fused.BLOCK // 2),
+        fused_free: dict(D=20, POINTS=fused_free.POINTS, BLOCK=fused_free.BLOCK // 4),
+    }
+    for module, size in sizes.items():
+        for kernel in (module._forward_kernel, module._backward_kernel):
+            names = kernel.arg_names
+            source = compiler.ASTSource(
+                fn=kernel,
+                signature={n: types.get(n, "constexpr") for n in names},
+                constexprs={(names.index(n),): v for n, v in (needs | size).items() if n in names},
+            )
+            assembly = triton.compile(source, target=target).asm["ptx"]
+            assert "ex2.approx" in assembly
+            (tmp_path / "kernel.ptx").write_text(assembly)
+            command = [assembler, "-v", "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", os.devnull]
+            said = subprocess.run(command, capture_output=True, text=True).stderr
+            assert " 0 bytes spill stores" in said, said
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu():
     check("cuda")
+    check_free("cuda")

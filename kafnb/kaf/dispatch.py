@@ -1,19 +1,19 @@
-"""Mixtures on an even grid: the evaluation that serves a tensor, Triton's kernels on CUDA, else the eager one."""
+"""Mixtures, on an even grid or any: the evaluation that serves a tensor, Triton's on CUDA, else an eager one."""
 
 import torch
 
-from . import eager
+from . import eager, free
 
 
-def _triton(x):
+def _triton(x, any_grid=False):
     """The module of CUDA kernels if it can serve x, else None."""
     if not x.is_cuda:
         return None
     try:
-        from . import fused
-    except ImportError:  # a torch without Triton: the eager evaluation runs on CUDA as well
+        from . import fused, fused_free
+    except ImportError:  # a torch without Triton: the eager evaluations run on CUDA as well
         return None
-    return fused if fused.usable(x) else None
+    return (fused_free if any_grid else fused) if fused.usable(x) else None
 
 
 def forward(x, alpha, grid, want_slope):
@@ -39,3 +39,24 @@ def gradients(g, x, alpha, grid, slope, need_x, need_alpha):
         slope = eager.forward(x, alpha, grid, True)[1]
     dx = (g * slope).to(x.dtype) if need_x else None
     return dx, eager.correlation(x, g, grid, alpha.dtype) if need_alpha else None
+
+
+def free_forward(x, alpha, dictionary, gamma, want_slope):
+    """``forward`` for any dictionary (1 or C, D) and gamma (1 or C,)."""
+    if kernels := _triton(x, any_grid=True):
+        return kernels.forward(x, alpha, dictionary, gamma), None
+    return free.forward(x, alpha, dictionary, gamma, want_slope)
+
+
+def free_correlation(x, g, dictionary, gamma):
+    """``correlation`` for any dictionary."""
+    if kernels := _triton(x, any_grid=True):
+        return kernels.correlation(x, g, dictionary, gamma)
+    return free.correlation(x, g, dictionary, gamma)
+
+
+def free_gradients(g, x, alpha, dictionary, gamma, slope, need_x, need_parameters):
+    """First derivatives of sum(g f) in x, alpha, dictionary and gamma, None where not needed."""
+    if kernels := _triton(x, any_grid=True):
+        return kernels.gradients(g, x, alpha, dictionary, gamma, need_x, need_parameters)
+    return free.gradients(g, x, alpha, dictionary, gamma, slope, need_x, need_parameters)

@@ -3,16 +3,15 @@
 import functools
 import itertools
 import math
-import threading
 
 import torch
 from torch.nn import functional as F
 
-from .grid import apart, chunks, kept, plain
+from .grid import chunks
+from .tiles import kept, temporaries, tiles, with_shapes
 
 STRIDE = 5  # powers r^0 .. r^4 are stored, R = r^5 links the groups
 BLOCK = 16_384  # elements worked on at a time: some 1 MB of temporaries
-KEEP = 2**24  # largest workspace, in elements, that a thread keeps
 
 
 @functools.lru_cache(maxsize=64)
@@ -28,49 +27,19 @@ def _table(grid, k, rows, dtype, device):
     return torch.tensor([chunk.weights, moments][:rows], dtype=torch.float64).to(device, dtype)
 
 
-class _Kept(threading.local):
-    """Of this thread: memory, one piece a type and device, and the tiles cut from it.
-
-    Asking the allocator for fresh pages, and cutting them up, costs more than the arithmetic on small layers.
-    """
-
-    def __init__(self):
-        self.memory, self.tiles = {}, {}
-
-    def cut(self, x, grid, dtype, inner):
-        """A tile for each chunk of the grid, all in the same memory, for x (C, n, l)."""
-        shape, place = tuple(x.shape), (dtype, x.device)
-        size = math.prod(shape) * max(_Tile.rows(chunk, inner) for chunk in _chunks(grid))
-        if size > KEEP or not plain(x):
-            return _cut(_memory(size, *place), shape, grid, inner)
-        key = (place, shape, grid, inner)
-        if key not in self.tiles:
-            if place not in self.memory or len(self.memory[place]) < size:
-                self.memory[place] = apart(_memory, size, *place)
-                self.tiles.clear()  # they hold what was there before
-            if len(self.tiles) >= 256:
-                self.tiles.clear()
-            self.tiles[key] = apart(_cut, self.memory[place], shape, grid, inner)
-        return self.tiles[key]
-
-
 def _cut(memory, shape, grid, inner):
+    """A tile for each chunk of the grid, all in the same memory."""
     return [_Tile(memory, shape, chunk, grid, inner) for chunk in _chunks(grid)]
 
 
-def _memory(size, dtype, device):
-    return torch.empty(size, dtype=dtype, device=device)
+def _cuts(x, pieces, grid, dtype, inner):
+    """``_cut`` for each of x's pieces, in memory that the thread keeps."""
 
+    def of_shape(shape):
+        size = math.prod(shape) * max(_Tile.rows(chunk, inner) for chunk in _chunks(grid))
+        return temporaries(x, dtype, size, _cut, shape, grid, inner)
 
-_kept = _Kept()
-
-
-def _cuts(tiles, grid, dtype, inner):
-    """What ``_Kept.cut`` gives for each of the tiles, most of which have one shape."""
-    for i, x in enumerate(tiles):
-        if i == 0 or x.shape != tiles[i - 1].shape:
-            cut = _kept.cut(x, grid, dtype, inner)
-        yield cut
+    return with_shapes(pieces, of_shape)
 
 
 class _Tile:
@@ -144,26 +113,16 @@ def _coefficients(alpha, k, chunk, grid, rows):
     return (a[:, None] * _table(grid, k, rows, alpha)).view(len(a), rows * chunk.groups, STRIDE)
 
 
-def _tiles(x):
-    """x (N, C, *) as pieces (C, n, l) of at most BLOCK elements, over examples and over places."""
-    x = x.reshape(*x.shape[:2], -1) if x.numel() else x.new_empty(0, x.shape[1], 1)
-    (n, c, length), x = x.shape, x.transpose(0, 1)
-    if n * c * length <= BLOCK:
-        return [x]
-    wide = min(length, max(1, BLOCK // c))
-    rows = x.split(max(1, min(n, BLOCK // (c * wide))), 1)
-    return rows if wide == length else [tile for row in rows for tile in row.split(wide, 2)]
-
-
 def forward(x, alpha, grid, want_slope):
     """f and df/dx (None unless wanted), the latter in alpha's type."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     slope = torch.empty_like(out, dtype=alpha.dtype) if want_slope else None
     wide = x.dtype != alpha.dtype  # half precision: summed in float32
-    rows, tiles = 1 + want_slope, _tiles(x)
+    rows, pieces = 1 + want_slope, tiles(x, BLOCK)
     coefficients = [_coefficients(alpha, k, chunk, grid, rows) for k, chunk in enumerate(_chunks(grid))]
-    cuts = _cuts(tiles, grid, alpha.dtype, rows)
-    for xb, whole, df, cut in zip(tiles, _tiles(out), _tiles(slope) if want_slope else tiles, cuts, strict=True):
+    cuts = _cuts(x, pieces, grid, alpha.dtype, rows)
+    slopes = tiles(slope, BLOCK) if want_slope else pieces
+    for xb, whole, df, cut in zip(pieces, tiles(out, BLOCK), slopes, cuts, strict=True):
         f = torch.empty_like(whole, dtype=alpha.dtype) if wide else whole
         for a, tile in zip(coefficients, cut, strict=True):
             link, back = tile.factors(xb)
@@ -187,8 +146,8 @@ def _add(out, a, b, first):
 def correlation(x, g, grid, dtype):
     """h_ci = sum g k(x, d_i), (C, D), in ``dtype``."""
     sums = [x.new_zeros(x.shape[1], chunk.groups, STRIDE, dtype=dtype) for chunk in _chunks(grid)]
-    tiles = _tiles(x)
-    for xb, gb, cut in zip(tiles, _tiles(g), _cuts(tiles, grid, dtype, 1), strict=True):
+    pieces = tiles(x, BLOCK)
+    for xb, gb, cut in zip(pieces, tiles(g, BLOCK), _cuts(x, pieces, grid, dtype, 1), strict=True):
         for h, tile in zip(sums, cut, strict=True):
             (link, back), middle = tile.factors(xb, gb), tile.chunk.middle
             for q in range(middle + 1, tile.chunk.groups):

@@ -15,7 +15,7 @@ import torch
 
 from . import compiled as grid_compiled
 from . import dispatch
-from .channels import column, fold, per_channel, unfold_images
+from .channels import fold, unfold_images
 from .grid import bandwidth, points
 
 # --- as functions of autograd ----------------------------------------------------------------------------------
@@ -28,15 +28,7 @@ class _Gaussian(torch.autograd.Function):
     def forward(x, alpha, dictionary, gamma, grid, want_slope):
         if grid is not None:
             return dispatch.forward(x, alpha, grid, want_slope)
-        scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
-        out, slope = torch.zeros_like(x), torch.zeros_like(x) if want_slope else None
-        for i in range(alpha.shape[1]):
-            t = x - column(dictionary, i, x)
-            k = t.square().mul_(scale).exp_().mul_(column(alpha, i, x))
-            out.add_(k)
-            if want_slope:
-                slope.addcmul_(t, k)
-        return out, slope.mul_(2 * scale) if want_slope else None
+        return dispatch.free_forward(x, alpha, dictionary, gamma, want_slope)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -65,13 +57,7 @@ class _Correlation(torch.autograd.Function):
     def forward(x, g, dictionary, gamma, grid):
         if grid is not None:
             return dispatch.correlation(x, g, grid, dictionary.dtype)
-        scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
-        dims = [d for d in range(x.ndim) if d != 1]
-        columns = [
-            (x - column(dictionary, i, x)).square_().mul_(scale).exp_().mul_(g).sum(dims)
-            for i in range(dictionary.shape[1])
-        ]
-        return torch.stack(columns, dim=1)
+        return dispatch.free_correlation(x, g, dictionary, gamma)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -100,7 +86,8 @@ def _gradients(g, x, alpha, dictionary, gamma, grid, slope, needs):
     if not torch.is_grad_enabled():  # no derivative of these is wanted: the fast ways
         if grid is not None:
             return *dispatch.gradients(g, x, alpha, grid, slope, need_x, need_alpha), None, None
-        return _free_gradients(g, x, alpha, dictionary, gamma, slope)
+        need_parameters = need_alpha or need_d or need_gamma
+        return dispatch.free_gradients(g, x, alpha, dictionary, gamma, slope, need_x, need_parameters)
     dx = dalpha = dd = dgamma = None
     if need_x:
         xs, scale = x.to(alpha.dtype), gamma.reshape(-1, *[1] * (x.ndim - 2))
@@ -118,24 +105,6 @@ def _gradients(g, x, alpha, dictionary, gamma, grid, slope, needs):
         moments = h2 - 2 * dictionary * h1 + dictionary**2 * h0
         dgamma = -(alpha * moments).sum(1).sum_to_size(gamma.shape)
     return dx, dalpha if need_alpha else None, dd, dgamma
-
-
-def _free_gradients(g, x, alpha, dictionary, gamma, slope):
-    """All four first derivatives in one pass over the dictionary, for what learns it."""
-    scale = -gamma.reshape(-1, *[1] * (x.ndim - 2))
-    sums, dx = [], g * slope if slope is not None else torch.zeros_like(x)
-    for i in range(dictionary.shape[1]):
-        t = x - column(dictionary, i, x)
-        gk = t.square().mul_(scale).exp_().mul_(g)
-        h0 = per_channel(gk, alpha)
-        h1 = per_channel(gk.mul_(t), alpha)
-        if slope is None:
-            dx.addcmul_(gk, 2 * scale * column(alpha, i, x))
-        sums.append(torch.stack((h0, h1, per_channel(gk.mul_(t), alpha))))
-    h0, h1, h2 = torch.stack(sums, 2)  # (C, D) each: sums of g k, g k t, g k t^2
-    dd = (2 * gamma[:, None] * alpha * h1).sum_to_size(dictionary.shape)
-    dgamma = -(alpha * h2).sum(1).sum_to_size(gamma.shape)
-    return dx, h0, dd, dgamma
 
 
 def gaussian_mixture(x, alpha, dictionary, gamma):

@@ -11,15 +11,17 @@ range. Where that half underflows, some 20 spacings beyond the grid, f is exactl
 * eagerly, block by block in the cache (``eager``),
 * under ``torch.compile``, as element-wise operations that the compiler fuses (``compiled``),
 * on CUDA, as one Triton kernel forward and one backward (``fused``).
+
+A dictionary that is learned has no such structure (``free``, ``fused_free``).
 """
 
-import concurrent.futures
-import functools
 import itertools
 import math
 import typing
 
 import torch
+
+from .tiles import kept
 
 
 class Grid(typing.NamedTuple):
@@ -73,40 +75,6 @@ def parsed(text):
     """The grid of ``str(grid)``."""
     size, *floats = text.split()
     return Grid(int(size), *[float(v) for v in floats])
-
-
-def plain(x):
-    """Whether x is a Tensor and no stand-in for one (FakeTensorMode's, say)."""
-    return type(x) in (torch.Tensor, torch.nn.Parameter)
-
-
-def apart(make, *args):
-    """make(*args) in a thread of its own, where no mode of the caller is on: inference, FakeTensorMode, torch.func's.
-
-    A tensor that is kept for later calls must not be what one of them makes of it.
-    """
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(make, *args).result()
-
-
-def kept(make):
-    """A decorator: ``make(..., dtype, device)`` becomes a function of (..., like) that keeps its tensors."""
-    known = {}
-
-    @functools.wraps(make)
-    def wrapped(*args):
-        *args, like = args
-        args = (*args, like.dtype, like.device)
-        if torch.compiler.is_compiling() or not plain(like):
-            return make(*args)
-        made = known.get(args)
-        if made is None:
-            if len(known) >= 64:
-                known.clear()
-            made = known[args] = apart(make, *args)
-        return made
-
-    return wrapped
 
 
 @kept
