@@ -231,6 +231,8 @@ class Session:
 
         ``alt``: the picture in words, where those that are read from it will not do.
         """
+        if self.profile.name == "small":
+            figures.footnote(figure, f"profile small, reduced runs: {self.data.name.removeprefix('folder:')}")
         figures.save_figure(
             figure, f"{self.notebook}_{name}", table, home() / "figures" / self.profile.name,
             alt=alt, notebook=self.notebook, profile=self.profile.name, data=self.data.name, seed=self.seed,

@@ -1,6 +1,6 @@
 """Benchmark of the KAF layer: ``make bench`` prints the table and keeps it in figures/benchmark/.
 
-Forward and backward at 64x16x32x32, the gradients in input and coefficients taken, CPU time of one thread (on CUDA:
+Forward and backward at 64x16x32x32, the gradients in input and all that is learned taken, CPU time of one thread (on CUDA:
 synchronised wall time). Peak memory counts what is allocated above the inputs, in units of one activation.
 """
 
@@ -29,19 +29,21 @@ def authors(x, alpha, points, gamma):
 
 def ways(size):
     """name -> (function of x, what is learned)"""
-    kaf = KAF(SHAPE[1], size).to(DEVICE)
+    kaf, free = (KAF(SHAPE[1], size, trainable_dictionary=free).to(DEVICE) for free in (False, True))
     points, gamma = kaf.dictionary[0], kaf.grid.gamma
     conv = torch.nn.Conv2d(SHAPE[1], SHAPE[1], 3, padding=1).to(DEVICE)
     formula = lambda x: plain(x, kaf.alpha, points, gamma)  # noqa: E731
     return {
-        "KAF": (kaf, kaf.alpha),
-        "KAF, compiled": (torch.compile(kaf, fullgraph=True), kaf.alpha),
-        "formula": (formula, kaf.alpha),
-        "formula, compiled": (torch.compile(formula), kaf.alpha),
-        "authors' layout": (lambda x: authors(x, kaf.alpha, points, gamma), kaf.alpha),
-        "SiLU": (F.silu, None),
-        "ReLU": (F.relu, None),
-        "convolution 3x3": (conv, conv.weight),
+        "KAF": (kaf, [kaf.alpha]),
+        "KAF, compiled": (torch.compile(kaf, fullgraph=True), [kaf.alpha]),
+        "KAF_Free": (free, [*free.parameters()]),
+        "KAF_Free, compiled": (torch.compile(free, fullgraph=True), [*free.parameters()]),
+        "formula": (formula, [kaf.alpha]),
+        "formula, compiled": (torch.compile(formula), [kaf.alpha]),
+        "authors' layout": (lambda x: authors(x, kaf.alpha, points, gamma), [kaf.alpha]),
+        "SiLU": (F.silu, []),
+        "ReLU": (F.relu, []),
+        "convolution 3x3": (conv, [conv.weight]),
     }
 
 
@@ -71,8 +73,7 @@ CASES = [(20, n) for n in ways(20)] + [
 
 def step(function, x, g, learned):
     y = function(x)
-    inputs = [x] if learned is None else [x, learned]
-    torch.autograd.grad(y, inputs, g)
+    torch.autograd.grad(y, [x, *learned], g)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
@@ -84,7 +85,7 @@ def test_layer(benchmark, size, name):
     x = torch.randn(SHAPE, device=DEVICE, requires_grad=True)
     g = torch.randn(SHAPE, device=DEVICE)
     function, learned = ways(size)[name]
-    slow = "formula" in name or "authors" in name
+    slow = any(word in name for word in ("formula", "authors", "Free"))
     benchmark.pedantic(step, (function, x, g, learned), rounds=5 if slow else 25, warmup_rounds=2)
     benchmark.extra_info["activations"] = peak_memory(lambda: step(function, x, g, learned)) / (x.numel() * 4)
 

@@ -36,6 +36,16 @@ def test_save_writes_picture_numbers_and_manifest(figure, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("size", [(7, 3.6), (9, 8)])
+def test_a_footnote_is_under_all_that_is_drawn(size):
+    figure = matplotlib.figure.Figure(size, layout="constrained")
+    ax = figure.subplots()
+    ax.set(xlabel="epoch, and more that is long enough to reach the corner " * 2, ylabel="loss")
+    figures.footnote(figure, "profile small")
+    figure.draw_without_rendering()
+    assert 0 <= figure.texts[0].get_window_extent().y0 < figure.texts[0].get_window_extent().y1 <= ax.get_tightbbox().y0
+
+
 def test_same_figure_same_bytes(figure, tmp_path):
     table = pd.DataFrame({"x": [1]})
     for name in ("a", "b"):
