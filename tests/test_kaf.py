@@ -88,6 +88,20 @@ def test_both_evaluations_agree():
     assert torch.allclose(grid_mixture(x, alpha, kaf.grid), gaussian_mixture(x, alpha, d, gamma), atol=1e-12)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_subnormal_numbers_mean_after_a_call_what_they_meant_before(before):
+    if not torch.set_flush_denormal(before):
+        pytest.skip("this processor cannot take them for zero")
+    try:
+        x = torch.randn(3, 2, requires_grad=True)
+        KAF(2, 100)(x).sum().backward()
+        with pytest.raises(RuntimeError):
+            grid_mixture(x.detach(), torch.zeros(5, 7), KAF(5, 7).grid)  # fails on the way
+        assert (torch.full((1,), 1e-45).mul(1.0).item() == 0) == before
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tails_are_exact_zeros_with_zero_gradients(dtype):
     kaf, top = KAF(1), torch.finfo(dtype).max

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .grid import chunks
-from .tiles import kept, temporaries, tiles, with_shapes
+from .tiles import kept, subnormal_as_zero, temporaries, tiles, with_shapes
 
 STRIDE = 5  # powers r^0 .. r^4 are stored, R = r^5 links the groups
 BLOCK = 16_384  # elements worked on at a time: some 1 MB of temporaries
@@ -122,19 +122,20 @@ def forward(x, alpha, grid, want_slope):
     coefficients = [_coefficients(alpha, k, chunk, grid, rows) for k, chunk in enumerate(_chunks(grid))]
     cuts = _cuts(x, pieces, grid, alpha.dtype, rows)
     slopes = tiles(slope, BLOCK) if want_slope else pieces
-    for xb, whole, df, cut in zip(pieces, tiles(out, BLOCK), slopes, cuts, strict=True):
-        f = torch.empty_like(whole, dtype=alpha.dtype) if wide else whole
-        for a, tile in zip(coefficients, cut, strict=True):
-            link, back = tile.factors(xb)
-            torch.bmm(a, tile.powers, out=tile.inner)  # (C, groups, 5) x (C, 5, elements)
-            total, first = _joined(tile.sums, tile.chunk, link, back), tile.chunk.start == 0
-            _add(f, tile.low, total, first)
-            if want_slope:  # f' = 2 gamma (spacing sum m alpha k - (x - c) f)
-                moment = _joined(tile.moments, tile.chunk, link, back)
-                moment.addcmul_(tile.u, total, value=-2 * grid.gamma / tile.scale)
-                _add(df, tile.low, moment, first)
-        if wide:
-            whole.copy_(f)
+    with subnormal_as_zero(x):
+        for xb, whole, df, cut in zip(pieces, tiles(out, BLOCK), slopes, cuts, strict=True):
+            f = torch.empty_like(whole, dtype=alpha.dtype) if wide else whole
+            for a, tile in zip(coefficients, cut, strict=True):
+                link, back = tile.factors(xb)
+                torch.bmm(a, tile.powers, out=tile.inner)  # (C, groups, 5) x (C, 5, elements)
+                total, first = _joined(tile.sums, tile.chunk, link, back), tile.chunk.start == 0
+                _add(f, tile.low, total, first)
+                if want_slope:  # f' = 2 gamma (spacing sum m alpha k - (x - c) f)
+                    moment = _joined(tile.moments, tile.chunk, link, back)
+                    moment.addcmul_(tile.u, total, value=-2 * grid.gamma / tile.scale)
+                    _add(df, tile.low, moment, first)
+            if wide:
+                whole.copy_(f)
     return out, slope
 
 
@@ -147,13 +148,14 @@ def correlation(x, g, grid, dtype):
     """h_ci = sum g k(x, d_i), (C, D), in ``dtype``."""
     sums = [x.new_zeros(x.shape[1], chunk.groups, STRIDE, dtype=dtype) for chunk in _chunks(grid)]
     pieces = tiles(x, BLOCK)
-    for xb, gb, cut in zip(pieces, tiles(g, BLOCK), _cuts(x, pieces, grid, dtype, 1), strict=True):
-        for h, tile in zip(sums, cut, strict=True):
-            (link, back), middle = tile.factors(xb, gb), tile.chunk.middle
-            for q in range(middle + 1, tile.chunk.groups):
-                torch.mul(tile.high[q - 1], link, out=tile.high[q])
-            for q in range(middle - 1, -1, -1):
-                torch.mul(tile.high[q + 1], back, out=tile.high[q])
-            h.baddbmm_(tile.groups, tile.powers.transpose(1, 2))
+    with subnormal_as_zero(x):
+        for xb, gb, cut in zip(pieces, tiles(g, BLOCK), _cuts(x, pieces, grid, dtype, 1), strict=True):
+            for h, tile in zip(sums, cut, strict=True):
+                (link, back), middle = tile.factors(xb, gb), tile.chunk.middle
+                for q in range(middle + 1, tile.chunk.groups):
+                    torch.mul(tile.high[q - 1], link, out=tile.high[q])
+                for q in range(middle - 1, -1, -1):
+                    torch.mul(tile.high[q + 1], back, out=tile.high[q])
+                h.baddbmm_(tile.groups, tile.powers.transpose(1, 2))
     parts = [h.view(len(h), -1) * _table(grid, k, 1, h) for k, h in enumerate(sums)]
     return torch.cat([part[:, : c.stop - c.start] for part, c in zip(parts, _chunks(grid), strict=True)], 1)

@@ -5,6 +5,7 @@ What is kept for later calls must not be what a mode of the first caller makes o
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import threading
 
@@ -86,6 +87,25 @@ def tiles(x, block):
     wide = min(length, max(1, block // c))
     rows = x.split(max(1, min(n, block // (c * wide))), 1)
     return rows if wide == length else [tile for row in rows for tile in row.split(wide, 2)]
+
+
+_SUBNORMAL = 5e-324
+
+
+@contextlib.contextmanager
+def subnormal_as_zero(x):
+    """Inside, this thread's arithmetic on a CPU takes subnormal numbers, below float32's 1e-38, for zero.
+
+    They come up where a kernel's factors fade, and some processors (Intel's) need a hundred times as long for each.
+    """
+    if not x.is_cpu or _SUBNORMAL == 0.0:  # it does already: the comparison is made by the same arithmetic
+        yield
+        return
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def with_shapes(pieces, of_shape):
