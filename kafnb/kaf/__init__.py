@@ -60,7 +60,7 @@ class KAF(nn.Module):
     -----
     (N, C, *) -> same. float16 and bfloat16 inputs are evaluated in float32 and returned in their own type.
 
-    Under ``torch.compile`` on an Intel processor, with 50 points or more, call ``torch.set_flush_denormal(True)`` first:
+    Under ``torch.compile`` on an Intel processor and with 50 points or more, set ``torch.set_flush_denormal(True)``:
     subnormal numbers, which mean nothing here, make it some ten times slower. (In eager mode that is seen to.)
 
     Raises
