@@ -21,7 +21,10 @@ def plain(x):
 
 def _apart(make, *args):
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(make, *args).result()
+        made = thread.submit(make, *args).result()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # the caller's stream need not be the one that it was made on
+    return made
 
 
 def kept(make):
