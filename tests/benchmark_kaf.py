@@ -36,6 +36,7 @@ def ways(size):
     return {
         "KAF": (kaf, [kaf.alpha]),
         "KAF, compiled": (torch.compile(kaf, fullgraph=True), [kaf.alpha]),
+        "KAF, compiled, subnormals 0": (torch.compile(kaf, fullgraph=True), [kaf.alpha]),
         "KAF_Free": (free, [*free.parameters()]),
         "KAF_Free, compiled": (torch.compile(free, fullgraph=True), [*free.parameters()]),
         "formula": (formula, [kaf.alpha]),
@@ -67,7 +68,7 @@ def peak_memory(function):
 
 
 CASES = [(20, n) for n in ways(20)] + [
-    (size, n) for size in (5, 10, 50, 100) for n in ("KAF", "KAF, compiled", "formula")
+    (size, n) for size in (5, 10, 50, 100) for n in ("KAF", "KAF, compiled", "KAF, compiled, subnormals 0", "formula")
 ]
 
 
@@ -86,7 +87,9 @@ def test_layer(benchmark, size, name):
     g = torch.randn(SHAPE, device=DEVICE)
     function, learned = ways(size)[name]
     slow = any(word in name for word in ("formula", "authors", "Free"))
+    torch.set_flush_denormal("subnormals" in name)
     benchmark.pedantic(step, (function, x, g, learned), rounds=5 if slow else 25, warmup_rounds=2)
+    torch.set_flush_denormal(False)
     benchmark.extra_info["activations"] = peak_memory(lambda: step(function, x, g, learned)) / (x.numel() * 4)
 
 
