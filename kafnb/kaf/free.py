@@ -10,7 +10,7 @@ import math
 import torch
 
 from .channels import column, per_channel
-from .tiles import temporaries, tiles, with_shapes
+from .tiles import subnormal_as_zero, temporaries, tiles, with_shapes
 
 BLOCK = 131_072  # kernels worked on at a time: some 1 MB of temporaries
 
@@ -59,13 +59,14 @@ def forward(x, alpha, dictionary, gamma, want_slope):
     slope = torch.empty_like(out, dtype=alpha.dtype) if want_slope else None
     outs = _pieces(out, dictionary)
     slopes = _pieces(slope, dictionary) if want_slope else outs
-    for (xb, tile), f, df in zip(_tiles(x, dictionary), outs, slopes, strict=True):
-        tile.kernels(xb, d, exponent)
-        torch.bmm(a, tile.k, out=tile.row)
-        f.copy_(tile.image)
-        if want_slope:
-            torch.bmm(moments, tile.k.mul_(tile.t), out=tile.row)
-            df.copy_(tile.image)
+    with subnormal_as_zero(x):
+        for (xb, tile), f, df in zip(_tiles(x, dictionary), outs, slopes, strict=True):
+            tile.kernels(xb, d, exponent)
+            torch.bmm(a, tile.k, out=tile.row)
+            f.copy_(tile.image)
+            if want_slope:
+                torch.bmm(moments, tile.k.mul_(tile.t), out=tile.row)
+                df.copy_(tile.image)
     return out, slope
 
 
@@ -73,11 +74,12 @@ def _sums(x, g, dictionary, gamma, powers):
     """Sums over images of g k t^p for p < ``powers``, (C, D, powers)."""
     sums = dictionary.new_zeros(powers, x.shape[1], dictionary.shape[1])
     d, exponent = _columns(dictionary, gamma)
-    for (xb, tile), gb in zip(_tiles(x, dictionary), _pieces(g, dictionary), strict=True):
-        tile.kernels(xb, d, exponent)
-        tile.k.mul_(tile.image.copy_(gb).view_as(tile.row))
-        for p, total in enumerate(sums):  # the product of k and g as a matrix and a vector would take longer
-            total += (tile.k.mul_(tile.t) if p else tile.k).sum(2)
+    with subnormal_as_zero(x):
+        for (xb, tile), gb in zip(_tiles(x, dictionary), _pieces(g, dictionary), strict=True):
+            tile.kernels(xb, d, exponent)
+            tile.k.mul_(tile.image.copy_(gb).view_as(tile.row))
+            for p, total in enumerate(sums):  # the product of k and g as a matrix and a vector would take longer
+                total += (tile.k.mul_(tile.t) if p else tile.k).sum(2)
     return sums
 
 
