@@ -11,14 +11,14 @@ import torch
 SIZES = [(2, 3.0), (5, 1.0), (20, 3.0), (37, 3.0), (64, 10.0)]
 
 
-def check(device):
+def check(device, sizes=SIZES):
     """Forward and backward of the kernels against the eager evaluation in float64."""
     from kafnb import KAF
     from kafnb.kaf import eager as grid_eager
     from kafnb.kaf import fused as grid_triton
 
-    grid_triton.BLOCK = 64  # several blocks, the last of them not full
-    for size, boundary in SIZES:
+    grid_triton.FORWARD = grid_triton.BACKWARD = 64  # several blocks, the last of them not full
+    for size, boundary in sizes:
         for shape in ((3, 4, 5, 7), (70, 2), (0, 3, 2)):
             for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
                 torch.manual_seed(size)
@@ -41,10 +41,10 @@ def check(device):
 
 
 def check_free(device):
-    """The same for any dictionary: one a channel or one for all, more points than a kernel takes at a time."""
+    """The same for any dictionary, one a channel or one for all."""
     from kafnb.kaf import free, fused_free
 
-    fused_free.BLOCK = 256
+    fused_free.FORWARD = fused_free.BACKWARD = 64
     for size, shared, shape in (
         (2, False, (3, 4, 5, 7)),
         (20, False, (70, 2)),
@@ -94,23 +94,17 @@ def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
     from kafnb.kaf import fused, fused_free
 
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    types = dict.fromkeys(("a_ptr", "m_ptr", "h_ptr", "d_ptr", "centres", "exponents"), "*fp32")
-    types |= dict.fromkeys(("middles", "sizes"), "*i64")
-    types |= dict.fromkeys(("x_ptr", "g_ptr", "f_ptr", "dx_ptr"), "*fp16")
-    types |= dict.fromkeys(("k", "middle", "groups", "total", "first"), "i32")
-    types |= dict.fromkeys(("gamma", "kappa", "centre", "slope_scale"), "fp32")
-    needs = dict(NEED_X=True, NEED_ALPHA=True, NEED_SUMS=True, ADD=False, C=16, L=1024)
-    sizes = {
-        fused: dict(CHUNKS=1, GROUPS=8, BLOCK=fused.BLOCK // 2),
-        fused_free: dict(D=20, POINTS=fused_free.POINTS, BLOCK=fused_free.BLOCK // 4),
-    }
-    for module, size in sizes.items():
-        for kernel in (module._forward_kernel, module._backward_kernel):
+    types = dict.fromkeys(("a_ptr", "w_ptr", "m_ptr", "h_ptr", "d_ptr", "exponents"), "*fp32")
+    types |= dict.fromkeys(("x_ptr", "g_ptr", "f_ptr", "dx_ptr"), "*fp16") | {"total": "i32"}
+    types |= dict.fromkeys(("first", "spacing", "gamma", "kappa", "reach", "slope"), "fp32")
+    needs = dict(NEED_X=True, NEED_ALPHA=True, NEED_SUMS=True, C=16, L=1024, D=20, STEP=20, MIDDLE=10)
+    for module in (fused, fused_free):
+        for kernel, block in ((module._forward_kernel, module.FORWARD), (module._backward_kernel, module.BACKWARD)):
             names = kernel.arg_names
             source = compiler.ASTSource(
                 fn=kernel,
                 signature={n: types.get(n, "constexpr") for n in names},
-                constexprs={(names.index(n),): v for n, v in (needs | size).items() if n in names},
+                constexprs={(names.index(n),): v for n, v in (needs | {"BLOCK": block}).items() if n in names},
             )
             assembly = triton.compile(source, target=target).asm["ptx"]
             assert "ex2.approx" in assembly
@@ -122,6 +116,12 @@ def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu():
-    check("cuda")
+@pytest.mark.parametrize("size", SIZES)
+def test_on_a_gpu(size):
+    check("cuda", [size])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_free_on_a_gpu():
     check_free("cuda")

@@ -1,4 +1,4 @@
-"""Mixtures over any dictionary on CUDA: one kernel forward and one backward for every POINTS points.
+"""Mixtures over any dictionary on CUDA: one kernel forward and one backward.
 
 An exponential a point, and no tensor of the dictionary's size: what ``free`` does tile by tile happens in registers.
 """
@@ -10,104 +10,90 @@ import triton
 import triton.language as tl
 
 from .free import of_parameters
-from .fused import PROGRAMS, _read
+from .fused import WARPS, _read
 
-BLOCK = 256  # elements a program works on at a time; a quarter of it backward, where 3 sums a point wait in registers
-POINTS = 32  # of the dictionary at a time
-
-
-@triton.jit
-def _table(ptr, c, i, D: tl.constexpr):
-    return tl.load(ptr + c * D + i, mask=i < D, other=0.0)[:, None]
+FORWARD, BACKWARD = 1024, 1024  # elements of a program
 
 
 @triton.jit
-def _distances(x, d):
-    return tl.minimum(tl.maximum(x, -1e18), 1e18)[None, :] - d  # t^2 stays finite
+def _kernel(x, d_ptr, c, i, exponent, D: tl.constexpr):
+    """t = x - d_i and k = 2^(exponent t^2)."""
+    t = x - tl.load(d_ptr + c * D + i)
+    t = tl.minimum(tl.maximum(t, -1e18), 1e18)  # t^2 stays finite
+    return t, tl.exp2(exponent * t * t)
 
 
 @triton.jit
 def _forward_kernel(
     x_ptr, a_ptr, d_ptr, exponents, f_ptr, total,
-    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, POINTS: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(1)
     x, place, inside = _read(x_ptr, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), c, total, C, L)
     exponent, f = tl.load(exponents + c), tl.zeros([BLOCK], tl.float32)
-    for first in range(0, D, POINTS):
-        i = first + tl.arange(0, POINTS)
-        t = _distances(x, _table(d_ptr, c, i, D))
-        f += tl.sum(_table(a_ptr, c, i, D) * tl.exp2(exponent * t * t), 0)
+    for i in range(D):
+        t, k = _kernel(x, d_ptr, c, i, exponent, D)
+        f += tl.load(a_ptr + c * D + i) * k
     tl.store(f_ptr + place, f.to(f_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward_kernel(
-    x_ptr, g_ptr, m_ptr, d_ptr, exponents, dx_ptr, h_ptr, first, total,
-    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, POINTS: tl.constexpr, BLOCK: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_SUMS: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, g_ptr, m_ptr, d_ptr, exponents, dx_ptr, h_ptr, total,
+    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_SUMS: tl.constexpr,
 ):  # fmt: skip
-    c, programs = tl.program_id(1), tl.num_programs(0)
-    p = tl.arange(0, POINTS)
-    d, m, exponent = _table(d_ptr, c, first + p, D), _table(m_ptr, c, first + p, D), tl.load(exponents + c)
-    h0 = tl.zeros([POINTS, BLOCK], tl.float32)
-    h1 = tl.zeros([POINTS, BLOCK], tl.float32)
-    h2 = tl.zeros([POINTS, BLOCK], tl.float32)
-    for start in range(tl.program_id(0) * BLOCK, total, programs * BLOCK):
-        x, place, inside = _read(x_ptr, start + tl.arange(0, BLOCK), c, total, C, L)
-        g = tl.load(g_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        t = _distances(x, d)
-        gk = g[None, :] * tl.exp2(exponent * t * t)
+    c = tl.program_id(1)
+    x, place, inside = _read(x_ptr, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), c, total, C, L)
+    g = tl.load(g_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    exponent, dx = tl.load(exponents + c), tl.zeros([BLOCK], tl.float32)
+    h = h_ptr + (tl.program_id(0) * 3 * C + c) * D
+    for i in range(D):
+        t, k = _kernel(x, d_ptr, c, i, exponent, D)
+        k *= g
         if NEED_X:
-            dx = tl.sum(m * gk * t, 0)
-            if ADD:
-                dx += tl.load(dx_ptr + place, mask=inside, other=0.0)
-            tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            dx += tl.load(m_ptr + c * D + i) * k * t
         if NEED_SUMS:
-            h0 += gk
-            h1 += gk * t
-            h2 += gk * t * t
-    if NEED_SUMS:
-        out = h_ptr + (tl.program_id(0) * C + c) * 3 * POINTS + p
-        tl.store(out, tl.sum(h0, 1))
-        tl.store(out + POINTS, tl.sum(h1, 1))
-        tl.store(out + 2 * POINTS, tl.sum(h2, 1))
+            tl.store(h + i, tl.sum(k, 0))
+            k *= t
+            tl.store(h + C * D + i, tl.sum(k, 0))
+            tl.store(h + 2 * C * D + i, tl.sum(k * t, 0))
+    if NEED_X:
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _tables(c, gamma, *tables):
-    """-gamma / log 2 of each channel, and the tables as (C, D), all contiguous in float32."""
+def _launch(x, gamma, size, block, *tables):
+    """Programs, the tables as (C, D) and -gamma / log 2 of each channel, contiguous in float32, and the shape."""
+    n, c = x.shape[:2]
+    total = x.numel() // c
+    block = min(block, triton.next_power_of_2(total))
     exponents = (gamma.float() / -math.log(2)).expand(c).contiguous()
-    return exponents, *(t.float().expand(c, -1).contiguous() for t in tables)
+    tables = *(t.float().expand(c, -1).contiguous() for t in tables), exponents
+    return triton.cdiv(total, block), tables, total, dict(C=c, L=total // n, D=size, BLOCK=block, num_warps=WARPS)
 
 
 def forward(x, alpha, dictionary, gamma):
     """f(x), contiguous, in x's type."""
-    x, (n, c) = x.contiguous(), x.shape[:2]
-    out, total = torch.empty_like(x), x.numel() // c
-    if total:
-        exponents, a, d = _tables(c, gamma, alpha, dictionary)
-        shape = dict(C=c, L=total // n, D=alpha.shape[1], POINTS=POINTS, BLOCK=BLOCK)
-        _forward_kernel[triton.cdiv(total, BLOCK), c](x, a, d, exponents, out, total, **shape)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        programs, tables, total, shape = _launch(x, gamma, alpha.shape[1], FORWARD, alpha, dictionary)
+        _forward_kernel[programs, x.shape[1]](x, *tables, out, total, **shape)
     return out
 
 
 def _backward(g, x, alpha, dictionary, gamma, need_x, need_sums):
     """dx, and the sums of g k, g k t and g k t^2, (3, C, D). Partial sums are added in a fixed order: repeatable."""
-    x, g, (n, c) = x.contiguous(), g.contiguous(), x.shape[:2]
-    total, size, block = x.numel() // c, dictionary.shape[1], BLOCK // 4
-    exponents, m, d = _tables(c, gamma, -2 * gamma[:, None] * alpha, dictionary)
-    # several rounds add into dx one after the other: then it must not be rounded in between
-    dx = torch.zeros_like(x, dtype=x.dtype if size <= POINTS else torch.float32) if need_x else x
-    programs = max(1, min(triton.cdiv(total, block), PROGRAMS // c))
-    partial, parts = torch.zeros(programs, c, 3, POINTS, dtype=torch.float32, device=x.device), []
-    for first in range(0, size, POINTS):
-        if total:
-            _backward_kernel[programs, c](
-                x, g, m, d, exponents, dx, partial, first, total, C=c, L=total // n, D=size, POINTS=POINTS,
-                BLOCK=block, NEED_X=need_x, NEED_SUMS=need_sums, ADD=first > 0,
-            )  # fmt: skip
-        parts.append(partial.sum(0))
-    return dx.to(x.dtype), torch.cat(parts, 2)[..., :size].transpose(0, 1).to(dictionary.dtype)
+    x, g, (c, size) = x.contiguous(), g.contiguous(), (x.shape[1], dictionary.shape[1])
+    if not x.numel():
+        return torch.zeros_like(x), dictionary.new_zeros(3, c, size)
+    programs, tables, total, shape = _launch(x, gamma, size, BACKWARD, -2 * gamma[:, None] * alpha, dictionary)
+    dx = torch.empty_like(x) if need_x else x
+    partial = torch.empty(programs, 3, c, size, dtype=torch.float32, device=x.device) if need_sums else tables[0]
+    _backward_kernel[programs, c](
+        x, g, *tables, dx, partial, total, **shape, NEED_X=need_x, NEED_SUMS=need_sums
+    )  # fmt: skip
+    return dx, partial.sum(0).to(dictionary.dtype) if need_sums else None
 
 
 def correlation(x, g, dictionary, gamma):
