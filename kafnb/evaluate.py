@@ -85,15 +85,15 @@ def _images(data, n):
     return x, y
 
 
-def predict(model, x, batch_size=512):
-    """Predicted class of each image, int64 (N,), in eval mode without gradients."""
+def predict(model, x, batch_size=None):
+    """Predicted class of each image, int64 (N,), in eval mode without gradients; default as in ``robust_accuracy``."""
     return _answers(model, x, None, batch_size)
 
 
 def _answers(model, x, y, batch_size):
     """What ``predict`` returns; the labels y, if given, must be among the classes."""
     device, answers = _device(model), []
-    count(batch_size, "batch_size")
+    batch_size = _batch_size(batch_size, device)
     if len(images(x, box=False)) == 0:
         raise ValueError("predict needs at least one image")
     with still(model), torch.no_grad(), forward(x):
@@ -105,19 +105,23 @@ def _answers(model, x, y, batch_size):
     return torch.cat(answers)
 
 
+def _batch_size(wanted, device):
+    return count(wanted, "batch_size") if wanted is not None else 512 if device.type == "cpu" else 2048
+
+
 def _device(model):
     """Where a model is; of one without parameters the CPU."""
     return next((p.device for p in instance(model, torch.nn.Module, "model").parameters()), torch.device("cpu"))
 
 
-def clean_accuracy(model, data, *, n=None, batch_size=512):
+def clean_accuracy(model, data, *, n=None, batch_size=None):
     """Accuracy on the first n test images of ``data`` (a ``Data``, or a pair of tensors images, labels)."""
     x, y = _images(data, n)
     return Score((_answers(model, x, y, batch_size) == y.cpu()).numpy(), "none")
 
 
 def robust_accuracy(
-    model, data, attack, labels="true", *, n=None, batch_size=512, seed=0, precision="float32", progress=False
+    model, data, attack, labels="true", *, n=None, batch_size=None, seed=0, precision="float32", progress=False
 ):  # fmt: skip
     """Accuracy under attack.
 
@@ -135,6 +139,8 @@ def robust_accuracy(
         score still compares with the truth, so misclassified images can be pushed onto the right class.
     n : int, optional
         First n test images; all by default.
+    batch_size : int, optional
+        Images attacked at a time; default 512, off the CPU 2048.
     seed : int
         Of the attack's random starts.
     precision : {"float32", "bfloat16", "float16"}
@@ -167,7 +173,7 @@ def robust_accuracy(
     bar = tqdm(total=len(attacked), unit="image", leave=False, disable=not progress)
     with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)
-        for batch in attacked.split(batch_size):
+        for batch in attacked.split(_batch_size(batch_size, device)):
             standing = torch.ones(len(batch), dtype=torch.bool)
             for one in attacks:
                 rows = standing.nonzero()[:, 0] if labels == "true" else torch.arange(len(batch))

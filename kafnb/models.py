@@ -220,7 +220,7 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     return model
 
 
-# work on any memory layout; a KAF works on channels-first blocks and would copy
+# work on any memory layout; a KAF works on channels-first blocks on a CPU, and would copy
 ANY_LAYOUT = (
     nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout,
     nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Tanh, _PadShortcut,
@@ -228,8 +228,14 @@ ANY_LAYOUT = (
 
 
 def any_layout(model):
-    """True if every layer computes the same on channels last as on channels first, without copies."""
-    return all(isinstance(m, ANY_LAYOUT) for m in model.modules() if not any(m.children()))
+    """True if every layer computes the same on channels last as on channels first, without copies that would cost more.
+
+    On CUDA all of PyTorch's and ours count: there convolutions and normalisations in channels first cost far more.
+    """
+    layers = [m for m in model.modules() if not any(m.children())]
+    if any(p.is_cuda for p in model.parameters()):
+        return all(type(m).__module__.split(".")[0] in ("torch", "kafnb") for m in layers)
+    return all(isinstance(m, ANY_LAYOUT) for m in layers)
 
 
 def maker(name):

@@ -9,6 +9,28 @@ import pytest
 import torch
 
 SIZES = [(2, 3.0), (5, 1.0), (20, 3.0), (37, 3.0), (64, 10.0)]
+FORMATS = (  # shape, memory format; 130 channels, last, are two groups
+    ((9, 4, 5, 7), torch.contiguous_format), ((9, 4, 5, 7), torch.channels_last), ((70, 2), torch.contiguous_format),
+    ((2, 130, 1, 2), torch.channels_last), ((0, 3, 2), torch.contiguous_format),
+)  # fmt: skip
+TYPES = (torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)  # and tolerances
+
+
+def drawn(shape, memory_format, dtype, scale):
+    """x with the largest numbers of its type in it, and g; the format is kept by ``to``."""
+    x, g = (scale * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    if x.numel():
+        x.view(-1)[0], x.view(-1)[-1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+    return x.contiguous(memory_format=memory_format), g
+
+
+def assert_near(got, wants, names, rtol, case):
+    """Within rtol of the largest value; what is summed over images, in float32, within 1e-5."""
+    for a, b, name in zip(got, wants, names, strict=True):
+        top = max(b.abs().max().item(), 1e-3) if b.numel() else 1
+        error = (a.cpu().double() - b).abs().max().item() if b.numel() else 0
+        tolerance = (rtol if name in ("f", "dx") else 1e-5) * top
+        assert a.shape == b.shape and error <= tolerance, (*case, name, error, top)
 
 
 def check(device, sizes=SIZES):
@@ -17,62 +39,47 @@ def check(device, sizes=SIZES):
     from kafnb.kaf import eager as grid_eager
     from kafnb.kaf import fused as grid_triton
 
-    grid_triton.FORWARD = grid_triton.BACKWARD = 64  # several blocks, the last of them not full
+    grid_triton.ROWS, grid_triton.LEAST, grid_triton.TILES = 1, 1, 2  # several tiles, the last of them not full
     for size, boundary in sizes:
-        for shape in ((3, 4, 5, 7), (70, 2), (0, 3, 2)):
-            for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        for shape, memory_format in FORMATS:
+            for dtype, rtol in TYPES[: 3 if device == "cuda" or size == 20 else 1]:
                 torch.manual_seed(size)
                 kaf = KAF(shape[1], size, boundary)
-                x = (torch.randn(shape) * boundary / 2).to(dtype)
-                g = torch.randn(shape).to(dtype)
-                if x.numel():
-                    x.view(-1)[0], x.view(-1)[-1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+                x, g = drawn(shape, memory_format, dtype, boundary / 2)
                 alpha = kaf.alpha.detach()
                 x64, g64, a64 = x.double(), g.double(), alpha.double()
                 want, slope = grid_eager.forward(x64, a64, kaf.grid, True)
                 wants = want, g64 * slope, grid_eager.correlation(x64, g64, kaf.grid, torch.float64)
-                f = grid_triton.forward(x.to(device), alpha.to(device), kaf.grid)
-                got = f, *grid_triton.gradients(g.to(device), x.to(device), alpha.to(device), kaf.grid)
-                for a, b, name in zip(got, wants, ("f", "dx", "dalpha"), strict=True):
-                    top = max(b.abs().max().item(), 1e-3) if b.numel() else 1
-                    tolerance = (rtol if name != "dalpha" else 1e-5) * top
-                    error = (a.cpu().double() - b).abs().max().item() if b.numel() else 0
-                    assert a.shape == b.shape and error <= tolerance, (size, shape, dtype, name, error, top)
+                x, g, alpha = (t.to(device) for t in (x, g, alpha))
+                got = grid_triton.forward(x, alpha, kaf.grid), *grid_triton.gradients(g, x, alpha, kaf.grid)
+                assert all(t.is_contiguous(memory_format=memory_format) for t in got[:2])
+                assert_near(got, wants, ("f", "dx", "dalpha"), rtol, (size, shape, memory_format, dtype))
+                alone = grid_triton.gradients(g, x, alpha, kaf.grid, need_alpha=False)
+                assert torch.equal(alone[0], got[1]) and alone[1] is None
 
 
 def check_free(device):
     """The same for any dictionary, one a channel or one for all."""
     from kafnb.kaf import free, fused_free
 
-    fused_free.FORWARD = fused_free.BACKWARD = 64
-    for size, shared, shape in (
-        (2, False, (3, 4, 5, 7)),
-        (20, False, (70, 2)),
-        (37, True, (9, 3, 40)),
-        (80, False, (0, 3, 2)),
+    fused_free.ROWS = 1
+    for (size, shared), (shape, memory_format) in zip(
+        ((20, False), (7, True), (37, False), (5, False), (80, False)), FORMATS, strict=True
     ):
-        for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        for dtype, rtol in TYPES:
             torch.manual_seed(size)
-            c = shape[1]
-            x, g = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
-            if x.numel():
-                x.view(-1)[0], x.view(-1)[-1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
-            tables = (
-                torch.randn(c, size),
-                3 * torch.randn(1 if shared else c, size),
-                0.1 + torch.rand(1 if shared else c),
-            )
+            c, rows = shape[1], 1 if shared else shape[1]
+            x, g = drawn(shape, memory_format, dtype, 3)
+            tables = torch.randn(c, size), 3 * torch.randn(rows, size), 0.1 + torch.rand(rows)
             x64, g64, *t64 = (t.double() for t in (x, g, *tables))
             want, slope = free.forward(x64, *t64, True)
             wants = want, *free.gradients(g64, x64, *t64, slope, True, True), free.correlation(x64, g64, *t64[1:])
             x, g, *tables = (t.to(device) for t in (x, g, *tables))
             got = fused_free.forward(x, *tables), *fused_free.gradients(g, x, *tables)
+            assert all(t.is_contiguous(memory_format=memory_format) for t in got[:2])
             got = *got, fused_free.correlation(x, g, *tables[1:])
-            for name, a, b in zip(("f", "dx", "dalpha", "dd", "dgamma", "h"), got, wants, strict=True):
-                top = max(b.abs().max().item(), 1e-3) if b.numel() else 1
-                error = (a.cpu().double() - b).abs().max().item() if b.numel() else 0
-                tolerance = (rtol if name in ("f", "dx") else 1e-5) * top
-                assert a.shape == b.shape and error <= tolerance, (size, shape, dtype, name, error, top)
+            case = size, shape, memory_format, dtype
+            assert_near(got, wants, ("f", "dx", "dalpha", "dd", "dgamma", "h"), rtol, case)
             assert fused_free.gradients(g, x, *tables, need_parameters=False)[1:] == (None, None, None)
 
 
@@ -95,16 +102,18 @@ def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
 
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     types = dict.fromkeys(("a_ptr", "w_ptr", "m_ptr", "h_ptr", "d_ptr", "exponents"), "*fp32")
-    types |= dict.fromkeys(("x_ptr", "g_ptr", "f_ptr", "dx_ptr"), "*fp16") | {"total": "i32"}
+    types |= dict.fromkeys(("x_ptr", "g_ptr", "f_ptr", "dx_ptr"), "*fp16")
+    types |= dict.fromkeys(("k", "total", "n_stride", "c_stride", "l_stride"), "i32")
     types |= dict.fromkeys(("first", "spacing", "gamma", "kappa", "reach", "slope"), "fp32")
-    needs = dict(NEED_X=True, NEED_ALPHA=True, NEED_SUMS=True, C=16, L=1024, D=20, STEP=20, MIDDLE=10)
+    shape = dict(C=16, L=1024, D=20, STEP=20, MIDDLE=10, LANES=8, WIDTH=16, ADD=False)
+    needs = shape | dict(NEED_X=True, NEED_ALPHA=True, NEED_SUMS=True)
     for module in (fused, fused_free):
-        for kernel, block in ((module._forward_kernel, module.FORWARD), (module._backward_kernel, module.BACKWARD)):
+        for kernel, rows in ((module._forward_kernel, fused.ROWS), (module._backward_kernel, module.ROWS)):
             names = kernel.arg_names
             source = compiler.ASTSource(
                 fn=kernel,
                 signature={n: types.get(n, "constexpr") for n in names},
-                constexprs={(names.index(n),): v for n, v in (needs | {"BLOCK": block}).items() if n in names},
+                constexprs={(names.index(n),): v for n, v in (needs | {"ROWS": rows}).items() if n in names},
             )
             assembly = triton.compile(source, target=target).asm["ptx"]
             assert "ex2.approx" in assembly

@@ -204,14 +204,16 @@ def test_wrong_channels_get_one_line():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_equals_cpu():
-    kaf, x = KAF(16), torch.randn(8, 16, 8, 8)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("free", [False, True])
+def test_cuda_equals_cpu(memory_format, free):
+    kaf, x = KAF(16, trainable_dictionary=free), torch.randn(100, 16, 32, 32)  # several tiles a program
     g = torch.randn_like(x)
     results = []
     for device in ("cpu", "cuda"):
-        k, v = copy.deepcopy(kaf).to(device), x.to(device).requires_grad_()
+        k, v = copy.deepcopy(kaf).to(device), x.to(device, memory_format=memory_format).requires_grad_()
         y = k(v)
-        results.append([t.cpu() for t in (y, *torch.autograd.grad(y, (v, k.alpha), g.to(device)))])
+        results.append([t.cpu() for t in (y, *torch.autograd.grad(y, (v, *k.parameters()), g.to(device)))])
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
 

@@ -213,7 +213,7 @@ def twin(model):
     """A quicker copy of a network in eval mode, or the network itself where none is known to be the same.
 
     Copied are float32 networks with convolutions that consist of torch's and the package's modules without hooks;
-    channels last is used on a CPU and where all layers work on any layout.
+    channels last is used where all layers work on any layout.
     """
     modules = list(model.modules())
     known = all(type(m).__module__.startswith(KNOWN) for m in modules)
@@ -224,8 +224,10 @@ def twin(model):
     with torch.no_grad():
         _fold(out)
     out.requires_grad_(False)
-    if next(out.parameters()).device.type == "cpu" and any_layout(out):
-        out = out.to(memory_format=torch.channels_last)
+    if not any_layout(out):
+        return out
+    out = out.to(memory_format=torch.channels_last)
+    if next(out.parameters()).device.type == "cpu":
         finite = all(v.isfinite().all() for v in out.state_dict().values())  # oneDNN's ReLU makes 0 of NaN
         for name, child in list(out.named_children()):
             if finite and type(child) is nn.Sequential and len(child) > 0 and _chained(child):

@@ -2,7 +2,11 @@
 
 Beside e = exp(-gamma u^2) and r = exp(2 gamma Delta u) a third exponential, s = 1 / r: the points above a centre are a
 polynomial in r, those below one in s, both by Horner's scheme. Both have e before them, so centres stand closer than
-in ``grid``. A program works on one channel, and its sums for the gradient in alpha are added to those of others after.
+in ``grid``.
+
+A program works on tiles of ROWS rows, each of them one element a thread: LANES places of WIDTH channels, neighbours in
+memory in channels first (WIDTH 1) as in channels last. A thread keeps to its lane and channel, so its sums for the
+gradient in alpha stay in its registers until the program's last tile.
 """
 
 import math
@@ -13,8 +17,9 @@ import triton.language as tl
 
 from .tiles import kept
 
-FORWARD, BACKWARD = 1024, 2048  # elements of a program
 WARPS = 4
+ROWS = 8  # of a tile
+LEAST, TILES = 256, 16  # programs of a backward pass that give a GPU enough to do; tiles of each where there are more
 
 
 def usable(x):
@@ -22,12 +27,64 @@ def usable(x):
     return x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
+# --- tiles, for ``fused_free`` as well -------------------------------------------------------------------------------
+
+
 @triton.jit
-def _read(x_ptr, j, c, total, C: tl.constexpr, L: tl.constexpr):
-    """Elements j of channel c of a contiguous (N, C, L) tensor in float32, their places, and which of them exist."""
-    place = (j // L).to(tl.int64) * (C * L) + c * L + j % L
-    inside = j < total
-    return tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32), place, inside
+def places(tile, n_stride, c_stride, l_stride, total,
+           C: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Places in memory of a tile's elements, which of them exist, and the channel of each thread (1, threads)."""
+    row, thread = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES * WIDTH)[None, :]
+    c = tl.program_id(1) * WIDTH + thread % WIDTH
+    j = (tile * ROWS + row) * LANES + thread // WIDTH
+    place = (j // L).to(tl.int64) * n_stride + c * c_stride + (j % L) * l_stride
+    # the compiler lets threads run along the contiguous dimension, and does not see which one that is
+    return tl.max_contiguous(place, (1, 2)), (j < total) & (c < C), c
+
+
+@triton.jit
+def read(ptr, place, inside):
+    """Elements in float32, zero where there are none."""
+    return tl.load(ptr + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def column(ptr, c, i, C: tl.constexpr, D: tl.constexpr):
+    """Entry i of each thread's channel in a table (C, D), zero where there is none."""
+    return tl.load(ptr + c * D + i, mask=(c < C) & (i < D), other=0.0)
+
+
+@triton.jit
+def keep(ptr, i, sums, C: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Write sums (threads), added over lanes, as entry i of each channel into a table (C, D)."""
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    tl.store(ptr + c * D + i, tl.sum(sums.reshape(LANES, WIDTH), 0), mask=(c < C) & (i < D))
+
+
+def layout(x):
+    """x, contiguous in channels first or last, and how a kernel goes through it: (total, strides), constants."""
+    last = torch.channels_last
+    x = x if x.ndim == 4 and x.is_contiguous(memory_format=last) else x.contiguous()
+    (n, c), length = x.shape[:2], math.prod(x.shape[2:])
+    strides = (c * length, length, 1) if x.is_contiguous() else (c * length, 1, c)
+    width = min(triton.next_power_of_2(c), 32 * WARPS) if strides[1] == 1 else 1
+    shape = dict(C=c, L=length, ROWS=ROWS, LANES=32 * WARPS // width, WIDTH=width, num_warps=WARPS)
+    return x, (n * length, *strides), shape
+
+
+def programs(shape, total, several=False):
+    """The grid of programs, (tiles, groups of channels); fewer than tiles where each is to go through several."""
+    groups = triton.cdiv(shape["C"], shape["WIDTH"])
+    tiles = triton.cdiv(total, shape["ROWS"] * shape["LANES"])
+    return min(tiles, max(triton.cdiv(LEAST, groups), tiles // TILES)) if several else tiles, groups
+
+
+def like(g, x):
+    """g in the memory format of x, a result of ``layout``."""
+    return g.contiguous() if x.is_contiguous() else g.contiguous(memory_format=torch.channels_last)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -39,70 +96,68 @@ def _powers(x, centre, gamma, kappa, reach):
     return u, e, tl.exp2(kappa * u), tl.exp2(-kappa * u)
 
 
-@triton.jit
-def _coefficient(a_ptr, w_ptr, c, k, j: tl.constexpr, D: tl.constexpr):
-    """alpha of the point j of those from k on, times its weight; zero behind the last point."""
-    return tl.load(a_ptr + c * D + k + j, mask=k + j < D, other=0.0) * tl.load(w_ptr + j)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["n_stride", "c_stride", "l_stride"])
 def _forward_kernel(
-    x_ptr, a_ptr, w_ptr, f_ptr, total, first, spacing, gamma, kappa, reach,
-    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, a_ptr, w_ptr, f_ptr, total, n_stride, c_stride, l_stride, first, spacing, gamma, kappa, reach,
+    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(1)
-    x, place, inside = _read(x_ptr, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), c, total, C, L)
-    f = tl.zeros([BLOCK], tl.float32)
+    place, inside, c = places(tl.program_id(0), n_stride, c_stride, l_stride, total, C, L, ROWS, LANES, WIDTH)
+    x = read(x_ptr, place, inside)
+    f = tl.zeros_like(x)
     for k in range(0, D, STEP):
         u, e, r, s = _powers(x, first + (k + MIDDLE) * spacing, gamma, kappa, reach)
-        above = tl.zeros([BLOCK], tl.float32)
-        below = tl.zeros([BLOCK], tl.float32)
+        above, below = tl.zeros_like(x), tl.zeros_like(x)
         for i in tl.static_range(STEP - MIDDLE):
-            above = above * r + _coefficient(a_ptr, w_ptr, c, k, STEP - 1 - i, D)
+            above = above * r + column(a_ptr, c, k + STEP - 1 - i, C, D) * tl.load(w_ptr + STEP - 1 - i)
         for i in tl.static_range(MIDDLE):
-            below = (below + _coefficient(a_ptr, w_ptr, c, k, i, D)) * s
+            below = (below + column(a_ptr, c, k + i, C, D) * tl.load(w_ptr + i)) * s
         f += e * (above + below)
     tl.store(f_ptr + place, f.to(f_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_stride", "c_stride", "l_stride"])
 def _backward_kernel(
-    x_ptr, g_ptr, a_ptr, w_ptr, dx_ptr, h_ptr, total, first, spacing, gamma, kappa, reach, slope,
-    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, BLOCK: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_ALPHA: tl.constexpr,
+    x_ptr, g_ptr, a_ptr, w_ptr, dx_ptr, h_ptr, k, total, n_stride, c_stride, l_stride,
+    first, spacing, gamma, kappa, reach, slope,
+    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_ALPHA: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(1)
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x, place, inside = _read(x_ptr, j, c, total, C, L)
-    g = tl.load(g_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    dx = tl.zeros([BLOCK], tl.float32)
-    for k in range(0, D, STEP):
+    sums = ()
+    for i in tl.static_range(STEP if NEED_ALPHA else 0):
+        sums = sums + (tl.zeros([LANES * WIDTH], tl.float32),)
+    for tile in range(tl.program_id(0), tl.cdiv(total, ROWS * LANES), tl.num_programs(0)):
+        place, inside, c = places(tile, n_stride, c_stride, l_stride, total, C, L, ROWS, LANES, WIDTH)
+        x, g = read(x_ptr, place, inside), read(g_ptr, place, inside)
         u, e, r, s = _powers(x, first + (k + MIDDLE) * spacing, gamma, kappa, reach)
         if NEED_X:  # each polynomial p with its derivative: p' <- p' r + p, p <- p r + a
-            above = tl.zeros([BLOCK], tl.float32)
-            below = tl.zeros([BLOCK], tl.float32)
-            up = tl.zeros([BLOCK], tl.float32)
-            down = tl.zeros([BLOCK], tl.float32)
+            above, below, up, down = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
             for i in tl.static_range(STEP - MIDDLE):
                 up = up * r + above
-                above = above * r + _coefficient(a_ptr, w_ptr, c, k, STEP - 1 - i, D)
+                above = above * r + column(a_ptr, c, k + STEP - 1 - i, C, D) * tl.load(w_ptr + STEP - 1 - i)
             for i in tl.static_range(MIDDLE):
-                below += _coefficient(a_ptr, w_ptr, c, k, i, D)
+                below += column(a_ptr, c, k + i, C, D) * tl.load(w_ptr + i)
                 down = down * s + below
                 below *= s
-            dx += e * (slope * spacing * (up * r - down * s) - slope * u * (above + below))
+            dx = g * e * (slope * spacing * (up * r - down * s) - slope * u * (above + below))
+            if ADD:
+                dx += read(dx_ptr, place, inside)
+            tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if NEED_ALPHA:
-            h = h_ptr + (tl.program_id(0) * C + c) * D + k
-            power = g * e
+            power, upper, lower = g * e, (), ()
             for i in tl.static_range(MIDDLE, STEP):
-                tl.store(h + i, tl.sum(power, 0) * tl.load(w_ptr + i), mask=k + i < D)
+                upper = upper + (sums[i] + tl.sum(power, 0),)
                 power *= r
             power = g * e
-            for i in tl.static_range(1, MIDDLE + 1):
+            for i in tl.static_range(MIDDLE):
                 power *= s
-                tl.store(h + MIDDLE - i, tl.sum(power, 0) * tl.load(w_ptr + MIDDLE - i), mask=k + MIDDLE - i < D)
-    if NEED_X:
-        tl.store(dx_ptr + place, (g * dx).to(dx_ptr.dtype.element_ty), mask=inside)
+                lower = (sums[MIDDLE - 1 - i] + tl.sum(power, 0),) + lower
+            sums = lower + upper
+    if NEED_ALPHA:
+        h = h_ptr + tl.program_id(0) * C * D
+        for i in tl.static_range(STEP):
+            keep(h, k + i, sums[i] * tl.load(w_ptr + i), C, D, LANES, WIDTH)
 
 
 def _centres(grid):
@@ -123,36 +178,37 @@ def _weights(grid, dtype, device):
     return torch.exp(-grid.gamma * (offsets * grid.spacing) ** 2).to(dtype)
 
 
-def _launch(x, alpha, grid, block):
-    """Programs, and the arguments that both kernels share."""
-    n, c = x.shape[:2]
-    total, (step, middle) = x.numel() // c, _centres(grid)
-    block = min(block, triton.next_power_of_2(total))
-    numbers = (total, grid.first, grid.spacing, grid.gamma / math.log(2), 2 * grid.gamma * grid.spacing / math.log(2))
-    shape = dict(C=c, L=total // n, D=grid.size, STEP=step, MIDDLE=middle, BLOCK=block, num_warps=WARPS)
+def _described(x, alpha, grid):
+    """x and how to go through it; tables, numbers and constants of the grid, for both kernels."""
+    x, walk, shape = layout(x)
+    (step, middle), log2 = _centres(grid), math.log(2)
+    numbers = grid.first, grid.spacing, grid.gamma / log2, 2 * grid.gamma * grid.spacing / log2
     tables = alpha.float().contiguous(), _weights(grid, alpha.float())
-    return triton.cdiv(total, block), tables, (*numbers, math.sqrt(87 / grid.gamma)), shape
+    shape |= dict(D=grid.size, STEP=step, MIDDLE=middle)
+    return x, walk, tables, (*numbers, math.sqrt(87 / grid.gamma)), shape
 
 
 def forward(x, alpha, grid):
-    """f(x), contiguous, in x's type."""
-    x = x.contiguous()
+    """f(x) in x's type, and in its memory format where that is channels first or last."""
+    x, walk, tables, numbers, shape = _described(x, alpha, grid)
     out = torch.empty_like(x)
     if x.numel():
-        programs, tables, numbers, shape = _launch(x, alpha, grid, FORWARD)
-        _forward_kernel[programs, x.shape[1]](x, *tables, out, *numbers, **shape)
+        _forward_kernel[programs(shape, walk[0])](x, *tables, out, *walk, *numbers, **shape)
     return out
 
 
 def gradients(g, x, alpha, grid, need_x=True, need_alpha=True):
     """(dx, dalpha) of sum(g f), None where not needed. Partial sums are added in a fixed order: repeatable."""
-    x, g = x.contiguous(), g.contiguous()
+    x, walk, tables, numbers, shape = _described(x, alpha, grid)
     if not x.numel():
         return torch.zeros_like(x) if need_x else None, torch.zeros_like(alpha) if need_alpha else None
-    programs, tables, numbers, shape = _launch(x, alpha, grid, BACKWARD)
-    dx = torch.empty_like(x) if need_x else x
-    partial = torch.empty(programs, *alpha.shape, dtype=torch.float32, device=x.device) if need_alpha else tables[0]
-    _backward_kernel[programs, x.shape[1]](
-        x, g, *tables, dx, partial, *numbers, 2 * grid.gamma, **shape, NEED_X=need_x, NEED_ALPHA=need_alpha
-    )
-    return dx if need_x else None, partial.sum(0).to(alpha.dtype) if need_alpha else None
+    g, where = like(g, x), programs(shape, walk[0], several=True)
+    # several centres add into dx one after the other: then it must not be rounded in between
+    dx = torch.empty_like(x, dtype=x.dtype if shape["STEP"] == grid.size else torch.float32) if need_x else x
+    partial = torch.empty(where[0], *alpha.shape, dtype=torch.float32, device=x.device) if need_alpha else tables[0]
+    for k in range(0, grid.size, shape["STEP"]):
+        _backward_kernel[where](
+            x, g, *tables, dx, partial, k, *walk, *numbers, 2 * grid.gamma,
+            **shape, NEED_X=need_x, NEED_ALPHA=need_alpha, ADD=k > 0,
+        )  # fmt: skip
+    return dx.to(x.dtype) if need_x else None, partial.sum(0).to(alpha.dtype) if need_alpha else None
