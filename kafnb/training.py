@@ -31,7 +31,7 @@ def _check(model, data, recipe, seed, device):
 
 
 def _to(model, device):
-    """In channels last convolutions are quicker: by a fifth on a CPU, where a KAF would have to copy; by half on CUDA."""
+    """Convolutions are quicker in channels last: by a fifth on a CPU, where a KAF would copy; by half on CUDA."""
     model.to(device)
     if any_layout(model):
         model.to(memory_format=torch.channels_last)

@@ -106,7 +106,7 @@ def _forward_kernel(
     x = read(x_ptr, place, inside)
     f = tl.zeros_like(x)
     for k in range(0, D, STEP):
-        u, e, r, s = _powers(x, first + (k + MIDDLE) * spacing, gamma, kappa, reach)
+        _, e, r, s = _powers(x, first + (k + MIDDLE) * spacing, gamma, kappa, reach)
         above, below = tl.zeros_like(x), tl.zeros_like(x)
         for i in tl.static_range(STEP - MIDDLE):
             above = above * r + column(a_ptr, c, k + STEP - 1 - i, C, D) * tl.load(w_ptr + STEP - 1 - i)
@@ -125,7 +125,7 @@ def _backward_kernel(
     NEED_X: tl.constexpr, NEED_ALPHA: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     sums = ()
-    for i in tl.static_range(STEP if NEED_ALPHA else 0):
+    for _ in tl.static_range(STEP if NEED_ALPHA else 0):
         sums = sums + (tl.zeros([LANES * WIDTH], tl.float32),)
     for tile in range(tl.program_id(0), tl.cdiv(total, ROWS * LANES), tl.num_programs(0)):
         place, inside, c = places(tile, n_stride, c_stride, l_stride, total, C, L, ROWS, LANES, WIDTH)

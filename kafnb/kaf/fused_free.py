@@ -32,7 +32,7 @@ def _forward_kernel(
     x, exponent = read(x_ptr, place, inside), column(exponents, c, 0, C, 1)
     f = tl.zeros_like(x)
     for i in range(D):
-        t, k = _kernel(x, d_ptr, c, i, exponent, C, D)
+        _, k = _kernel(x, d_ptr, c, i, exponent, C, D)
         f += column(a_ptr, c, i, C, D) * k
     tl.store(f_ptr + place, f.to(f_ptr.dtype.element_ty), mask=inside)
 
