@@ -29,6 +29,7 @@ def _parser():
     figures.add_argument("--engine", default="local", help="where models train: local, processes or ray")
     figures.add_argument("--address", help="of a running Ray cluster (default: one is started on this machine)")
     figures.add_argument("--dry-run", action="store_true", help="the same cells on few images, kept apart in runs/dry/")
+    figures.add_argument("--stored", action="store_true", help="train and attack nothing: draw what is in results/")
     figures.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (profile quick)")
     return parser
 
@@ -63,8 +64,9 @@ def main(argv=None):
             args.data_root = dryrun.prepare()
             args.device = resolve_device(args.device)
         outcomes = run_notebooks(
-            args.profile, args.only, args.seed, args.device, args.data_root, args.jobs, args.engine, args.address
-        )
+            args.profile, args.only, args.seed, args.device, args.data_root, args.jobs, args.engine, args.address,
+            args.stored,
+        )  # fmt: skip
         for o in outcomes:
             if args.keep and not o.error:
                 keep_outputs(o.name)

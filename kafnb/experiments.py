@@ -88,7 +88,7 @@ def _check(experiment):
 
 def run(
     experiments, evaluations=(), *, data_root=None, device="cpu", progress=False, store=None,
-    engine="local", workers=None, threads=None, address=None,
+    engine="local", workers=None, threads=None, address=None, stored=False,
 ):  # fmt: skip
     """Train or load each experiment and measure it.
 
@@ -112,6 +112,8 @@ def run(
         Of each worker; default an equal share of the cores for "processes", 1 for "ray".
     address : str, optional
         Of a running Ray cluster, e.g. "auto" or "10.0.0.1:6379"; without one, it is started on this machine.
+    stored : bool
+        Compute nothing: the table has what the store has.
 
     Returns
     -------
@@ -122,7 +124,8 @@ def run(
     Raises
     ------
     ValueError, TypeError
-        Unknown names, before anything is trained; a stored result of other data; what KAFNB_STALE=refuse refuses.
+        Unknown names, before anything is trained; a stored result of other data; what KAFNB_STALE=refuse refuses;
+        ``stored``, and none of it is there.
     OSError
         The store cannot be written: one line. What was finished stays, and the next run goes on from there.
     """
@@ -133,7 +136,14 @@ def run(
     for evaluation in evaluations:
         instance(evaluation, Evaluation, "evaluations")
     store, rows, spread = Path(store or default_store()), [], engines.check(engine)
-    if spread:  # of equal experiments one, and nothing for what is there
+    wanted = dict.fromkeys(experiments, evaluations)
+    if stored:
+        there = lambda e, v: measured(e, v, store, data_root)  # noqa: E731
+        wanted = {e: tuple(v for v in evaluations if there(e, [v])) for e in wanted if there(e, [])}
+        experiments = [e for e in experiments if e in wanted]
+        if not experiments:
+            raise ValueError(f"none of these experiments is in the store {store}, and nothing was to be computed")
+    elif spread:  # of equal experiments one, and nothing for what is there
         new = [e for e in dict.fromkeys(experiments) if not measured(e, evaluations, store, data_root)]
         where = dict(store=store, data_root=data_root, device=device, progress=progress)
         if new:
@@ -143,7 +153,7 @@ def run(
     device = device_of(device)
     for experiment in tqdm(experiments, unit="model", leave=False, disable=not progress):
         scores = measure(
-            experiment, evaluations, store=store, data_root=data_root, device=device, progress=progress
+            experiment, wanted[experiment], store=store, data_root=data_root, device=device, progress=progress
         )  # fmt: skip
         for evaluation, score in scores:
             low, high = score.interval
@@ -170,6 +180,12 @@ def load(experiment, *, data_root=None, device="cpu", progress=False, store=None
     folder = Folder(Path(store or default_store()) / experiment.name)
     with folder.lock():
         return trained(folder, experiment, data, device, progress)
+
+
+def computed_on(experiment, *, store=None):
+    """Where a stored experiment was trained, "device, torch version, commit"."""
+    record = Folder(Path(store or default_store()) / _check(experiment).name).read_json("experiment.json")
+    return f"{record['device']}, torch {record['torch']}, commit {record['commit']}"
 
 
 def history(experiment, *, store=None):

@@ -7,6 +7,7 @@ nothing in it may ask the GPU for a value. Random numbers come from the generato
 without a graph.
 """
 
+import contextlib
 import os
 
 import torch
@@ -26,6 +27,17 @@ def usable(model, recipe, device):
     changing = recipe.monitor or recipe.kwta_start is not None
     wanted = os.environ.get("KAFNB_GRAPHS", "1") != "0"
     return torch.device(device).type == "cuda" and quiet and not changing and wanted
+
+
+@contextlib.contextmanager
+def tried(device):
+    """Inside, cuDNN times its kernels on CUDA and takes the quickest: pays where many steps have one shape."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, cudnn.benchmark or torch.device(device).type == "cuda"
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def prepare(optimizer, device, graphed):

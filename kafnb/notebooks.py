@@ -101,7 +101,8 @@ def _execute(name, profile, parameters, environment, position):
 
 
 def run_notebooks(
-    profile="quick", only=(), seed=0, device="auto", data_root=None, jobs=None, engine="local", address=None
+    profile="quick", only=(), seed=0, device="auto", data_root=None, jobs=None, engine="local", address=None,
+    stored=False,
 ):  # fmt: skip
     """Execute notebooks into runs/<profile>/, their figures into figures/<profile>/.
 
@@ -115,6 +116,8 @@ def run_notebooks(
         engine that uses all of this machine.
     engine, address : str
         Of ``kafnb.run``, for all experiments of the notebooks.
+    stored : bool
+        Train and attack nothing: draw what the store has. Then no GPU is needed, and no running time is kept.
 
     Returns
     -------
@@ -125,7 +128,7 @@ def run_notebooks(
     checks.count(jobs, "jobs", optional=True)
     names, cores = select(only), os.cpu_count() or 1
     engines.check(engine)
-    resolved = resolve_device(device, PROFILES[profile].needs_gpu and engine != "ray")
+    resolved = resolve_device(device, PROFILES[profile].needs_gpu and engine != "ray" and not stored)
     device = device if engine == "ray" else resolved  # a cluster has its own
     resolve_data(PROFILES[profile], data_root)
     many = resolved == "cpu" and (engine == "local" or address)
@@ -140,7 +143,7 @@ def run_notebooks(
     environment = {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     # glibc keeps what is freed: handing memory back makes each large tensor touch fresh pages
     environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
-    environment |= {"KAFNB_ENGINE": engine, "KAFNB_ADDRESS": address or ""}
+    environment |= {"KAFNB_ENGINE": engine, "KAFNB_ADDRESS": address or "", "KAFNB_STORED": str(int(stored))}
     outcomes, context = [], multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(jobs, mp_context=context) as pool,
@@ -155,7 +158,7 @@ def run_notebooks(
             unmet = f", {outcome.unmet} checks do not hold" * bool(outcome.unmet)
             bar.write(f"{outcome.name}: {outcome.error or 'done'} ({outcome.seconds:.0f} s){unmet}")
             bar.update()
-            if not outcome.error:
+            if not (outcome.error or stored):
                 entry = {kind: round(outcome.seconds), "jobs": jobs, "cores": cores, "unmet": outcome.unmet}
                 update_manifest(home() / "figures" / profile, "notebooks", outcome.name, entry)
     save_poster(profile)

@@ -55,13 +55,15 @@ def load(name, device="cpu"):
     return model.to(device).eval()
 
 
-def publish(folder, data_root=None):
+def publish(folder, data_root=None, epochs=False):
     """Put the weights of a finished experiment into ``kafnb/weights``, with a card of all its stored scores; its name.
 
     Parameters
     ----------
     folder : path
         Of the experiment, in a store: "results/light_cnn-kaf-standard-s0-79bdb963d3". Its data must be there too.
+    epochs : bool
+        Put their number into the name: of networks that come once trained shortly and once at length.
 
     Raises
     ------
@@ -77,6 +79,7 @@ def publish(folder, data_root=None):
     if record["data_fingerprint"] != data.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {data.name} is now: name the right data")
     parts = run["model"], run["activation"], *map(str, options.values()), run["recipe"]["method"]
+    parts += (f"{run['recipe']['epochs']} epochs",) * epochs
     name = "-".join(re.sub(r"[^\w.]+", " ", part).strip().replace(" ", "-") for part in parts)
     images = {k: getattr(data, k) for k in ("in_channels", "image_size", "num_classes")}
     network = {k: run[k] for k in ("model", "activation", "options")} | {"images": images}

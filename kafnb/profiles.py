@@ -158,6 +158,9 @@ class Session:
     engine, address : str, optional
         Of ``kafnb.run``; default the environment's KAFNB_ENGINE and KAFNB_ADDRESS (what ``python -m kafnb figures
         --engine ray --address ...`` sets), else "local". With "ray" the GPU may be the cluster's alone.
+
+    With KAFNB_STORED=1 in the environment (``--stored``) nothing is trained or attacked: ``stored`` is True, and tables
+    have what is in the store.
     """
 
     def __init__(
@@ -171,7 +174,8 @@ class Session:
         self.engine = engine or os.environ.get("KAFNB_ENGINE") or "local"
         self.address = address or os.environ.get("KAFNB_ADDRESS") or None
         engines.check(self.engine)
-        self.device = resolve_device(device, self.profile.needs_gpu and self.engine != "ray")
+        self.stored, self.computed_on = os.environ.get("KAFNB_STORED") == "1", set()
+        self.device = resolve_device(device, self.profile.needs_gpu and self.engine != "ray" and not self.stored)
         self.workers_device = "auto" if (self.engine, device) == ("ray", "auto") else self.device
         self.data_root = data_root
         self.data_spec = resolve_data(self.profile, data_root)
@@ -199,10 +203,17 @@ class Session:
     def run(self, runs, evaluations=()):
         """``kafnb.run`` on this session's engine, device and store."""
         where = self._where() | dict(device=self.workers_device, engine=self.engine, address=self.address)
-        return experiments.run(runs, dict.fromkeys(shorten(e) for e in evaluations), **where)
+        runs = [runs] if isinstance(runs, experiments.Experiment) else list(runs)
+        table = experiments.run(runs, dict.fromkeys(shorten(e) for e in evaluations), stored=self.stored, **where)
+        if self.stored:  # on another machine, maybe
+            keys = set(table.experiment)
+            self.computed_on |= {experiments.computed_on(e) for e in runs if e.key in keys}
+        return table
 
     def load(self, experiment):
         """``kafnb.load`` on this session's device and store."""
+        if self.stored:
+            self.run(experiment)
         return experiments.load(experiment, **self._where())
 
     def table(self, function, *arguments, **options):
@@ -237,6 +248,7 @@ class Session:
             figure, f"{self.notebook}_{name}", table, home() / "figures" / self.profile.name,
             alt=alt, notebook=self.notebook, profile=self.profile.name, data=self.data.name, seed=self.seed,
             device=device_name(self.device), **provenance(),
+            **({"computed_on": sorted(self.computed_on)} if self.computed_on else {}),
         )  # fmt: skip
 
     def __str__(self):

@@ -34,8 +34,9 @@ def scores(table, said):
     for activation, runs in table.groupby("activation", sort=False):
         row = {"": LABELS.get(activation, activation)}
         for labels in ("none", "true", "predicted"):
-            r = runs[runs.labels == labels].iloc[0]
-            row[labels] = f"{100 * r['mean']:.1f} [{100 * r.mean_low:.1f}, {100 * r.mean_high:.1f}]"
+            found = runs[runs.labels == labels].head(1)  # none where only a part was in the store
+            cells = [f"{100 * r.mean:.1f} [{100 * r.mean_low:.1f}, {100 * r.mean_high:.1f}]" for r in found.itertuples()]
+            row[labels] = "".join(cells)
         clean, robust = said.get(activation, ("", ""))
         rows.append(row | {"thesis, CIFAR-10: clean": clean, "attacked": robust})
     words = {"none": "clean", "true": "attacked, true labels", "predicted": "attacked, predicted labels"}

@@ -100,7 +100,7 @@ def fit(
     while len(history) < epochs and (not history or pd.notna(history[-1]["loss"])):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         wall, cpu, sums = time.perf_counter(), time.process_time(), [0, 0, 0]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), graphs.tried(device):
             torch.manual_seed(1_000_003 * seed + len(history))
             done = len(history) / epochs, (len(history) + 1) / epochs
             for layer, own in ratios.items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -59,3 +60,19 @@ def test_the_paper_profile_runs_dry_from_the_command_line(tmp_path):
     assert scatter.activation.nunique() == 8 and set(scatter.seed) == {0, 1} and scatter.n.max() <= 40
     experiment = json.loads(next(dry.glob("results/resnet20-kaf-*/experiment.json")).read_text())["experiment"]
     assert experiment["recipe"]["precision"] == "bfloat16" and experiment["recipe"]["augment"] == "crop_flip"
+
+    # what is in the store is drawn, and the rest neither trained nor attacked
+    for folder in (*dry.glob("results/resnet20-kaf_free-*"), *dry.glob("results/resnet20-swish-fgsm_rs-s1-*")):
+        shutil.rmtree(folder)
+    before = {p.name: {f.name for f in p.iterdir()} for p in dry.glob("results/resnet20-*")}
+    (dry / "figures" / "paper" / "14_resnet20_evaluation_scatter.csv").unlink()
+    command = [*(c for c in command if c != "--dry-run"), "--stored", "--data-root", str(dry / "images")]
+    there = {"KAFNB_HOME": str(dry), "KAFNB_DRY_RUN": "1"}
+    done = subprocess.run(command, env=os.environ | there, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 of 1 notebooks done" in done.stdout, done.stderr[-2000:]
+    assert {p.name: {f.name for f in p.iterdir()} for p in dry.glob("results/resnet20-*")} == before
+    scatter = pd.read_csv(dry / "figures" / "paper" / "14_resnet20_evaluation_scatter.csv")
+    networks = scatter.drop_duplicates(["activation", "seed"])
+    assert len(networks) == 13 and not networks.activation.isin(["kaf_free"]).any()
+    manifest = json.loads((dry / "figures" / "paper" / "manifest.json").read_text())
+    assert len(manifest["figures"]["14_resnet20_evaluation_scatter"]["computed_on"]) == 1

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import kafnb
-from kafnb import Evaluation, Experiment, Recipe, evaluations, results
+from kafnb import Evaluation, Experiment, Recipe, evaluations, experiments, results
 from kafnb.profiles import PROFILES, resolve_data
 from kafnb.store import Folder, key_of
 
@@ -57,6 +57,25 @@ def test_train_once_then_load(store, monkeypatch):
     assert not model.training
     assert kafnb.evaluate.clean_accuracy(model, kafnb.load_data("digits")).rate == first.rate[0]
     assert len(kafnb.history(MLP, store=store)) == 3
+
+
+def test_stored_computes_nothing(store, monkeypatch):
+    other, fgsm = dataclasses.replace(MLP, seed=1), Evaluation("fgsm", eps=0.1, n=30)
+    with pytest.raises(ValueError, match="none of these experiments is in the store"):
+        kafnb.run([MLP, other], [PGD], store=store, stored=True)
+    kafnb.run(MLP, [PGD], store=store)
+    monkeypatch.setattr(results, "fit", None)
+    monkeypatch.setattr(evaluations, "robust_accuracy", None)
+    table = kafnb.run([other, MLP], [fgsm, PGD], store=store, stored=True)
+    assert table.metric.tolist() == ["clean", "PGD-2-1 (true labels)"] and set(table.experiment) == {MLP.key}
+    assert "torch 2." in experiments.computed_on(MLP, store=store)
+
+    monkeypatch.setenv("KAFNB_STORED", "1")
+    monkeypatch.setenv("KAFNB_HOME", str(store.parent))
+    session = kafnb.Session("14_resnet20_evaluation", "paper")  # needs no GPU then
+    with pytest.raises(ValueError, match="none of these experiments is in the store"):
+        session.load(other)
+    assert len(session.run(MLP)) == 1 and len(session.computed_on) == 1 and session.load(MLP) is not None
 
 
 def test_folder_is_readable_and_checks_with_standard_tools(store):

@@ -55,6 +55,7 @@ def test_its_card_has_every_stored_score(published):
     stored.write(file.name, lambda p: p.write_text(other))
     pretrained.publish(folder)
     assert "PGD" not in (pretrained.WEIGHTS / f"{name}.md").read_text()
+    assert pretrained.publish(folder, epochs=True) == f"{name}-2-epochs"
 
 
 @pytest.mark.parametrize(
