@@ -124,7 +124,8 @@ def run(
     Raises
     ------
     ValueError, TypeError
-        Unknown names, before anything is trained; a stored result of other data; what KAFNB_STALE=refuse refuses;
+        Unknown names, before anything is trained; a stored result of other data; what KAFNB_STALE=refuse refuses.
+    FileNotFoundError
         ``stored``, and none of it is there.
     OSError
         The store cannot be written: one line. What was finished stays, and the next run goes on from there.
@@ -142,7 +143,7 @@ def run(
         wanted = {e: tuple(v for v in evaluations if there(e, [v])) for e in wanted if there(e, [])}
         experiments = [e for e in experiments if e in wanted]
         if not experiments:
-            raise ValueError(f"none of these experiments is in the store {store}, and nothing was to be computed")
+            raise FileNotFoundError(f"none of these experiments is in the store {store}: nothing was to be computed")
     elif spread:  # of equal experiments one, and nothing for what is there
         new = [e for e in dict.fromkeys(experiments) if not measured(e, evaluations, store, data_root)]
         where = dict(store=store, data_root=data_root, device=device, progress=progress)

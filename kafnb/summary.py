@@ -35,8 +35,9 @@ def scores(table, said):
         row = {"": LABELS.get(activation, activation)}
         for labels in ("none", "true", "predicted"):
             found = runs[runs.labels == labels].head(1)  # none where only a part was in the store
-            cells = [f"{100 * r.mean:.1f} [{100 * r.mean_low:.1f}, {100 * r.mean_high:.1f}]" for r in found.itertuples()]
-            row[labels] = "".join(cells)
+            for r in found.itertuples():
+                row[labels] = f"{100 * r.mean:.1f} [{100 * r.mean_low:.1f}, {100 * r.mean_high:.1f}]"
+            row.setdefault(labels, "")
         clean, robust = said.get(activation, ("", ""))
         rows.append(row | {"thesis, CIFAR-10: clean": clean, "attacked": robust})
     words = {"none": "clean", "true": "attacked, true labels", "predicted": "attacked, predicted labels"}

@@ -61,7 +61,7 @@ def test_train_once_then_load(store, monkeypatch):
 
 def test_stored_computes_nothing(store, monkeypatch):
     other, fgsm = dataclasses.replace(MLP, seed=1), Evaluation("fgsm", eps=0.1, n=30)
-    with pytest.raises(ValueError, match="none of these experiments is in the store"):
+    with pytest.raises(FileNotFoundError, match="none of these experiments is in the store"):
         kafnb.run([MLP, other], [PGD], store=store, stored=True)
     kafnb.run(MLP, [PGD], store=store)
     monkeypatch.setattr(results, "fit", None)
@@ -73,7 +73,7 @@ def test_stored_computes_nothing(store, monkeypatch):
     monkeypatch.setenv("KAFNB_STORED", "1")
     monkeypatch.setenv("KAFNB_HOME", str(store.parent))
     session = kafnb.Session("14_resnet20_evaluation", "paper")  # needs no GPU then
-    with pytest.raises(ValueError, match="none of these experiments is in the store"):
+    with pytest.raises(FileNotFoundError, match="none of these experiments is in the store"):
         session.load(other)
     assert len(session.run(MLP)) == 1 and len(session.computed_on) == 1 and session.load(MLP) is not None
 
