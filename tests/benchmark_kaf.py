@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kafnb import KAF, models
+from kafnb import KAF, fit, models
+from kafnb.data import Data
+from kafnb.profiles import PROFILES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = (64, 16, 32, 32) if DEVICE == "cpu" else (256, 64, 32, 32)
@@ -130,3 +132,15 @@ def test_resnet20_step(benchmark, activation, compiled):
         F.cross_entropy(run(x), y).backward()
 
     timed(benchmark, train, 10, 3)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="of a CPU, minutes")
+@pytest.mark.parametrize("activation", ["relu", "swish", "kaf", "kaf_free"])
+def test_training_step(benchmark, activation):
+    """Of the thesis' training, FGSM-RS on batches of 128 in bfloat16: the last of three epochs of 200 steps."""
+    x, y = torch.randint(0, 256, (25_600, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (25_600,))
+    data = Data("noise", x, y, x[:1], y[:1], tuple("0123456789"))
+    recipe = PROFILES["paper"].recipe("resnet20", epochs=3)
+    train = lambda: fit(models.resnet(20, activation), data, recipe, device=DEVICE)  # noqa: E731
+    history = benchmark.pedantic(train, rounds=1)
+    benchmark.extra_info["median_ms"] = 1e3 * history.seconds.iloc[-1] / 200

@@ -10,7 +10,7 @@ range. Where that half underflows, some 20 spacings beyond the grid, f is exactl
 
 * eagerly, block by block in the cache (``eager``),
 * under ``torch.compile``, as element-wise operations that the compiler fuses (``compiled``),
-* on CUDA, as one Triton kernel forward and one backward (``fused``).
+* on CUDA, by Horner's scheme in place of groups, as one Triton kernel forward and one backward (``fused``).
 
 A dictionary that is learned has no such structure (``free``, ``fused_free``).
 """
