@@ -45,7 +45,8 @@ def fit(
 
     Every epoch starts from its own seed, (seed, epoch), so a run that was stopped and resumed draws the same
     numbers as one that was not. The global generators are left as they were. On CUDA the steps are replays of one
-    graph where they can be (``graphs.usable``).
+    graph where they can be (``graphs.usable``), and cuDNN picks its kernels by timing them: two runs agree up to
+    rounding, which long trainings magnify.
 
     Parameters
     ----------
