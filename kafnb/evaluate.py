@@ -93,9 +93,9 @@ def predict(model, x, batch_size=None):
 def _answers(model, x, y, batch_size):
     """What ``predict`` returns; the labels y, if given, must be among the classes."""
     device, answers = _device(model), []
-    batch_size = _batch_size(batch_size, device)
     if len(images(x, box=False)) == 0:
         raise ValueError("predict needs at least one image")
+    batch_size = _batch_size(batch_size, device, x)
     with still(model), torch.no_grad(), forward(x):
         for batch in x.split(batch_size):
             logits = model(batch.to(device))
@@ -105,8 +105,10 @@ def _answers(model, x, y, batch_size):
     return torch.cat(answers)
 
 
-def _batch_size(wanted, device):
-    return count(wanted, "batch_size") if wanted is not None else 512 if device.type == "cpu" else 2048
+def _batch_size(wanted, device, x):
+    if wanted is not None:
+        return count(wanted, "batch_size")
+    return 2048 if device.type != "cpu" and x[0, 0].numel() <= 32 * 32 else 512
 
 
 def _device(model):
@@ -140,7 +142,7 @@ def robust_accuracy(
     n : int, optional
         First n test images; all by default.
     batch_size : int, optional
-        Images attacked at a time; default 512, off the CPU 2048.
+        Images attacked at a time; default 512, off the CPU 2048 of up to 32x32.
     seed : int
         Of the attack's random starts.
     precision : {"float32", "bfloat16", "float16"}
@@ -173,7 +175,7 @@ def robust_accuracy(
     bar = tqdm(total=len(attacked), unit="image", leave=False, disable=not progress)
     with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)
-        for batch in attacked.split(_batch_size(batch_size, device)):
+        for batch in attacked.split(_batch_size(batch_size, device, x)):
             standing = torch.ones(len(batch), dtype=torch.bool)
             for one in attacks:
                 rows = standing.nonzero()[:, 0] if labels == "true" else torch.arange(len(batch))
