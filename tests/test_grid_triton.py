@@ -38,8 +38,9 @@ def check(device, sizes=SIZES):
     from kafnb import KAF
     from kafnb.kaf import eager as grid_eager
     from kafnb.kaf import fused as grid_triton
+    from kafnb.kaf import walk
 
-    grid_triton.ROWS, grid_triton.LEAST, grid_triton.TILES = 1, 1, 2  # several tiles, the last of them not full
+    walk.ROWS, walk.LEAST, walk.TILES = 1, 1, 2  # several tiles, the last of them not full
     for size, boundary in sizes:
         for shape, memory_format in FORMATS:
             for dtype, rtol in TYPES[: 3 if device == "cuda" or size == 20 else 1]:
@@ -98,7 +99,7 @@ def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
     triton = pytest.importorskip("triton")
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    from kafnb.kaf import fused, fused_free
+    from kafnb.kaf import fused, fused_free, walk
 
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     types = dict.fromkeys(("a_ptr", "w_ptr", "m_ptr", "h_ptr", "d_ptr", "exponents"), "*fp32")
@@ -107,13 +108,13 @@ def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
     types |= dict.fromkeys(("first", "spacing", "gamma", "kappa", "reach", "slope"), "fp32")
     shape = dict(C=16, L=1024, D=20, STEP=20, MIDDLE=10, LANES=8, WIDTH=16, ADD=False)
     needs = shape | dict(NEED_X=True, NEED_ALPHA=True, NEED_SUMS=True)
-    for module in (fused, fused_free):
-        for kernel, rows in ((module._forward_kernel, fused.ROWS), (module._backward_kernel, module.ROWS)):
+    for module, rows in ((fused, walk.ROWS), (fused_free, fused_free.ROWS)):
+        for kernel, r in ((module._forward_kernel, walk.ROWS), (module._backward_kernel, rows)):
             names = kernel.arg_names
             source = compiler.ASTSource(
                 fn=kernel,
                 signature={n: types.get(n, "constexpr") for n in names},
-                constexprs={(names.index(n),): v for n, v in (needs | {"ROWS": rows}).items() if n in names},
+                constexprs={(names.index(n),): v for n, v in (needs | {"ROWS": r}).items() if n in names},
             )
             assembly = triton.compile(source, target=target).asm["ptx"]
             assert "ex2.approx" in assembly

@@ -1,7 +1,7 @@
 """Mixtures over any dictionary on CUDA: one kernel forward and one backward.
 
 An exponential a point, and no tensor of the dictionary's size: what ``free`` does tile by tile happens in registers.
-Tiles and memory formats are those of ``fused``.
+Tiles are those of ``walk``.
 """
 
 import math
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .free import of_parameters
-from .fused import column, keep, layout, like, places, programs, read
+from .walk import column, keep, layout, like, places, programs, read
 
 ROWS = 16  # of a tile backward, where sums of the whole program follow each point
 
