@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import kafnb
-from kafnb import summary
+from kafnb import summary, thesis
 from kafnb.notebooks import PROGRAMME, available
 from kafnb.paths import home
 
@@ -89,6 +89,7 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
     assert abs(pgd["elu"] - pgd["kaf"]) < 1
     told = 100 * pd.read_csv(folder / "14_resnet20_evaluation_protocols.csv").set_index("activation")
     told = told["PGD-50-10 (predicted labels)"]
+    assert abs(told["elu"] - thesis.RESNET20["elu"][-1]) < 3 and 9 < told["elu"] - pgd["elu"] < 12
     assert (told.dropna() > 10).all() and 40 < told["swish"] < told["elu"] < told["swish"] + 10
     history = pd.read_csv(folder / "14_resnet20_evaluation_histories.csv")
     at_20 = history[history.epoch == 20].set_index("activation").accuracy
