@@ -23,8 +23,10 @@ def pick(table, name, what):
     """``table[name]`` (of a tuple: ``name``), or a ValueError in one line with the nearest known name."""
     if isinstance(name, str) and name in table:
         return table[name] if isinstance(table, dict) else name
-    near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(table)}"
+    near, known = difflib.get_close_matches(str(name), table, n=1), ", ".join(table)
+    if len(known) > 300:
+        known = known[:300].rsplit(", ", 1)[0] + f", ... ({len(table)} in all)"
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {known}"
     raise ValueError(f"unknown {what} {shown(name)}{hint}")
 
 
