@@ -62,7 +62,10 @@ def _bars(ax):
         wide = bars.orientation == "horizontal"  # a bar of ``barh`` grows to the right
         sizes = [p.get_width() if wide else p.get_height() for p in patches]
         middles = [p.get_y() + p.get_height() / 2 if wide else p.get_x() + p.get_width() / 2 for p in patches]
-        middles, sizes = zip(*[(m, s) for m, s in zip(middles, sizes, strict=True) if s == s], strict=True)  # no NaN
+        drawn = [(m, s) for m, s in zip(middles, sizes, strict=True) if s == s]  # not NaN
+        if not drawn:
+            continue
+        middles, sizes = zip(*drawn, strict=True)
         axis, least = ax.yaxis if wide else ax.xaxis, 0 if log else 0.01 * max(map(abs, sizes))
         labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)
         texts = {round(place): plain(t.get_text()) for place, t in labels}

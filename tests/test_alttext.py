@@ -31,6 +31,15 @@ def test_bars_are_told_with_their_names(panel, draw):
     assert "Bars: ReLU 80, KAF 41.5, none 0" in alttext.describe(figure)
 
 
+def test_bars_that_are_missing_are_not_told(panel):
+    figure, ax = panel
+    ax.barh([0, 1], [3.0, float("nan")], label="some")
+    ax.barh([0, 1], [float("nan")] * 2, label="none")
+    ax.set_yticks([0, 1], ["ReLU", "KAF"])
+    text = alttext.describe(figure)
+    assert "some: ReLU 3" in text and "KAF" not in text and "none" not in text
+
+
 def test_points_pictures_and_diagrams():
     figure, (a, b, c) = plt.subplots(1, 3)
     a.scatter([1.5], [2.5], label="KAF")
