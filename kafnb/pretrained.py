@@ -130,7 +130,7 @@ model = kafnb.load("{name}")
 
 - Data: {data.name.removeprefix("folder:")}, {len(data.x_train):,} images, fingerprint {data.fingerprint}.
 - Method: {method}; augmentation: {recipe.augment}; seed {run["seed"]}.
-- {recipe.epochs} epochs in batches of {recipe.batch_size}; {recipe.optimizer}, rate {rate} ({recipe.schedule}).
+- {recipe.epochs} epochs in batches of {recipe.batch_size}; {recipe.optimizer}, rate {rate} ({recipe.schedule}), {recipe.precision}.
 
 ## Scores
 
