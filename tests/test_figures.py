@@ -41,8 +41,11 @@ def test_a_footnote_is_under_all_that_is_drawn(size):
     figure = matplotlib.figure.Figure(size, layout="constrained")
     ax = figure.subplots()
     ax.set(xlabel="epoch, and more that is long enough to reach the corner " * 2, ylabel="loss")
+    figure.draw_without_rendering()
+    before = ax.get_window_extent().size
     figures.footnote(figure, "profile small")
     figure.draw_without_rendering()
+    assert np.allclose(ax.get_window_extent().size, before, atol=1)  # pixels
     assert 0 <= figure.texts[0].get_window_extent().y0 < figure.texts[0].get_window_extent().y1 <= ax.get_tightbbox().y0
 
 
