@@ -26,6 +26,7 @@ from . import (
     attacks,
     certify,
     diagrams,
+    distributed,
     evaluate,
     figures,
     gradients,
@@ -50,7 +51,7 @@ from .training import fit
 
 __all__ = [
     "ACTIVATIONS", "Data", "Evaluation", "Experiment", "KAF", "KWTA", "PROFILES", "Recipe", "Session", "__version__",
-    "activation", "attacks", "certify", "diagrams", "evaluate", "figures", "fit", "gradients", "history", "lipschitz",
-    "load", "load_data", "models", "notebooks", "paths",
+    "activation", "attacks", "certify", "diagrams", "distributed", "evaluate", "figures", "fit", "gradients", "history",
+    "lipschitz", "load", "load_data", "models", "notebooks", "paths",
     "pretrained", "probes", "run", "training",
 ]  # fmt: skip

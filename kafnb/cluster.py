@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .activations import ACTIVATIONS
 from .data import load_data
+from .engines import register
 from .paths import home
 from .store import Folder
 
@@ -15,7 +15,7 @@ from .store import Folder
 def _remote(measure, experiment, evaluations, registered, i, board, *, store, token, files, threads, **where):
     """One experiment on a machine of the cluster. Returns its files where the store is out of reach, else None."""
     torch.set_num_threads(threads)
-    ACTIVATIONS.update(registered)
+    register(registered)
 
     def report(done, total):
         board.put.remote(i, done, total)  # not waited for: a lost board must not stop the training
@@ -67,6 +67,8 @@ def _smallest_gpu(ray, at):
     """Bytes of memory of the first GPU of each node that has one; the least of them."""
     ask = ray.remote(num_cpus=0, num_gpus=0.01)(lambda: torch.cuda.get_device_properties(0).total_memory)
     nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU")]
+    if not nodes:
+        raise ValueError("no machine of this Ray cluster has a GPU: device='cpu', or 'auto'")
     return min(ray.get([ask.options(scheduling_strategy=at(n, soft=False)).remote() for n in nodes]))
 
 
@@ -90,8 +92,8 @@ def ray_tasks(
 
     Where a worker sees the store (the same path on a shared file system) it works in it, and what is started again
     resumes from the last checkpoint. Where not, the files come back with the result, and it starts from the beginning.
-    Of a GPU each experiment gets a share by memory (``gpu_share``). ``bars`` is told of progress and ``own`` are the
-    caller's activations; see ``engines``.
+    Of a GPU each experiment gets a share by memory (``gpu_share``). ``bars`` is told of progress and ``own`` is what
+    the caller registered; see ``engines``.
     """
     ray = connect(address, workers)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as At

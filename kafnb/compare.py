@@ -109,7 +109,8 @@ def difference(results, a, b, metric):
     -------
     (difference, low, high) : per cent points
         Of one seed the interval covers the choice of images; of several, that of images and seeds. It is wider than
-        if each image and seed were an observation of its own, which it is not.
+        if each image and seed were an observation of its own, which it is not. Where nothing differs at all, it is that
+        of half an image gained and half an image lost: an interval does not close on nothing.
     """
     found = _by_seed(results, metric)
     a, b = (found[pick(tuple(found), name, "activation in these results")] for name in (a, b))
@@ -119,7 +120,7 @@ def difference(results, a, b, metric):
             f"got {a.shape[1]} and {b.shape[1]} images, {len(a)} and {len(b)} seeds"
         )
     d = 100 * (a.astype(float) - b)
-    error, reach = _error(d)
+    error, reach = _error(d) if d.any() else (100 / d.shape[1], 1.96)
     return d.mean(), d.mean() - reach * error, d.mean() + reach * error
 
 

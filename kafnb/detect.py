@@ -69,11 +69,11 @@ class Detector:
 
 @torch.enable_grad()
 def joint_attack(detector, x, y, *, eps, step_size=None, steps=40, weight=1.0):
-    """PGD on the model's loss minus ``weight`` times the detector's: images that are wrong and look clean.
+    """Ascent on the margin and on minus the detector's score at once: images that are wrong and look clean.
 
-    Where the image still has its label the model's margin is raised; once it is lost the detector's score is lowered
-    (each image follows what it lacks; Carlini and Wagner, AISec 2017, arXiv:1705.07263). Returns of each image the
-    point along the way that is wrong with the lowest score; the last point if there is none.
+    Every step raises ``min(max_{j != y} z_j - z_y, 0.1) + weight * log sigmoid(-score)``: once an image is wrong by
+    0.1, only its score counts (after Carlini and Wagner, AISec 2017, arXiv:1705.07263). Returns of each image the point
+    along the way that is wrong with the lowest score; the last point if there is none.
     """
     instance(detector, Detector, "detector")
     radius(eps)

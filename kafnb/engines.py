@@ -20,7 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .activations import ACTIVATIONS, pick
-from .recipe import epochs_of
+from .methods import METHODS
+from .recipe import OPTIMIZERS, epochs_of
 
 RETRIES = 5  # of an experiment whose process or machine was lost; an error in the experiment itself is not retried
 
@@ -48,15 +49,28 @@ class Bars:
             bar.close()
 
 
+REGISTERED = {"activation": ACTIVATIONS, "method": METHODS, "optimizer": OPTIMIZERS}
+_OURS = {kind: dict(known) for kind, known in REGISTERED.items()}
+
+
 def yours(experiments):
-    """The activations of these experiments that are not the package's: another process does not know them."""
-    names = {e.activation for e in experiments} & set(ACTIVATIONS)
-    return {n: ACTIVATIONS[n] for n in names if not ACTIVATIONS[n].__module__.startswith("kafnb.")}
+    """What these experiments use that was registered after import, by kind and name: other processes lack it."""
+    used = {kind: {getattr(e if kind == "activation" else e.recipe, kind) for e in experiments} for kind in REGISTERED}
+    return {
+        kind: {n: known[n] for n in used[kind] & set(known) if known[n] is not _OURS[kind].get(n)}
+        for kind, known in REGISTERED.items()
+    }
+
+
+def register(own):
+    """Here, what ``yours`` found in another process."""
+    for kind, known in own.items():
+        REGISTERED[kind].update(known)
 
 
 def _start(threads, registered):
     torch.set_num_threads(threads)
-    ACTIVATIONS.update(pickle.loads(registered))
+    register(pickle.loads(registered))
 
     def end_with_parent():
         """A parent that is killed tells nobody: without this its workers would wait for ever."""

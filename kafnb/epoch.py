@@ -49,11 +49,11 @@ def steps_on(net, model, x, y, index, optimizer, scaler, recipe, state, lr_at):
             graphs.set_rate(optimizer, lr_at())
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        if recipe.monitor and not scaler.is_enabled() and (layer := first_nonfinite(model)):
+            raise Diverged(f"the gradient of {layer} is not finite")  # before clipping makes all of them so
         if recipe.clip is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        if recipe.monitor and not scaler.is_enabled() and (layer := first_nonfinite(model)):
-            raise Diverged(f"the gradient of {layer} is not finite")
         scaler.step(optimizer)
         scaler.update()
         yield loss.detach() * len(yb), (logits.detach().argmax(1) == yb).sum()

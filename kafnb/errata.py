@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attacks import ascend, frozen, random_delta
+from .attacks import ascend, frozen
 from .attacks.adaptive import swapped
 from .kaf import KAF
 from .kwta import KWTA
@@ -78,9 +78,9 @@ class ScrambledKWTA(KWTA):
 
 def frozen_start(model, x, y, recipe, state):
     """FGSM-RS as the thesis trained it: the random start was drawn once and served every batch of every epoch."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        delta = random_delta(torch.zeros(recipe.batch_size, *x.shape[1:]), recipe.eps)[: len(x)].to(x.device)
+    once = torch.Generator().manual_seed(0)
+    delta = torch.empty(recipe.batch_size, *x.shape[1:]).uniform_(-recipe.eps, recipe.eps, generator=once)
+    delta = delta[: len(x)].to(x.device)
     step_size = 1.25 * recipe.eps if recipe.step_size is None else recipe.step_size
     with frozen(model):
         x_adv = ascend(model, x, y, delta, eps=recipe.eps, step_size=step_size, steps=1)

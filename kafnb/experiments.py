@@ -137,6 +137,8 @@ def run(
     for evaluation in evaluations:
         instance(evaluation, Evaluation, "evaluations")
     store, rows, spread = Path(store or default_store()), [], engines.check(engine)
+    if device == "auto" and engine != "ray":  # which knows what its cluster has
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = dict.fromkeys(experiments, evaluations)
     if stored:
         there = lambda e, v: measured(e, v, store, data_root)  # noqa: E731

@@ -10,7 +10,8 @@ At initialisation the weights of a convolution are independent of what comes in.
 and these two rules replace every convolution here. Normalisation divides squared gradients by the variance it
 removed, an activation multiplies them by f'(x)^2, a sum of two paths hands them to both. One number a unit is enough:
 the network is run once on samples of the forward distribution, and autograd carries *squared* gradients back
-through it. What the rules leave out is of the order 1 / channels and 1 / batch.
+through it. What the rules leave out is of the order 1 / channels and 1 / batch, and that images deviate unequally from
+the batch mean, which for ReLU-like functions is 2 to 5 % a block at any width.
 
 Source: for the rules, Schoenholz et al., ICLR 2017, arXiv:1611.01232, and with batch normalisation Yang et al., ICLR
 2019, arXiv:1902.08129. The correlation between f'(x) on the skip and what the skip carried is kept here by sampling.
@@ -118,7 +119,7 @@ def predict(activation, block="thesis", depth=56, image_size=16, *, width=16, sa
     count(image_size, "image_size")
     count(samples, "samples")
     checked_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         # float64: squared gradients of a deep network pass float32's 1e38
         model = models.resnet(depth, activation, block, in_channels=3, image_size=image_size, width=width).double()

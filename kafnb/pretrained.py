@@ -106,6 +106,7 @@ def _card(name, run, data, record, scores):
     recipe = Recipe(**run["recipe"])
     rate = f"{recipe.lr[1]:g}" if recipe.schedule == "constant" else f"{recipe.lr[0]:g} to {recipe.lr[1]:g}"
     method = recipe.method if recipe.method == "standard" else f"{recipe.method}, eps {255 * recipe.eps:g}/255"
+    how = f"{recipe.optimizer}, rate {rate} ({recipe.schedule}), {recipe.precision}"
     network = [f"{run['model']} with {LABELS.get(run['activation'], run['activation'])}"]
     network += [f"{k} {v}" for k, v in run["options"].items()] + [f"{record['parameters']:,} parameters"]
     rows = "".join(
@@ -130,7 +131,7 @@ model = kafnb.load("{name}")
 
 - Data: {data.name.removeprefix("folder:")}, {len(data.x_train):,} images, fingerprint {data.fingerprint}.
 - Method: {method}; augmentation: {recipe.augment}; seed {run["seed"]}.
-- {recipe.epochs} epochs in batches of {recipe.batch_size}; {recipe.optimizer}, rate {rate} ({recipe.schedule}), {recipe.precision}.
+- {recipe.epochs} epochs in batches of {recipe.batch_size}; {how}.
 
 ## Scores
 

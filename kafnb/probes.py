@@ -241,10 +241,14 @@ class Shift:
 
     @property
     def wasserstein(self):
-        """Wasserstein-1 of each channel over its clean standard deviation (of all images and places), (C,)."""
+        """Wasserstein-1 of each channel over its clean standard deviation (of all images and places), (C,).
+
+        NaN where that is less than a bin of the histograms: a unit that hardly moves has no unit to measure moves in.
+        """
         places = (0,) if self.clean.mean.ndim == 1 else tuple(range(1, self.clean.mean.ndim))
         if self.clean.mean.ndim == 1:
             spread = self.clean.std
         else:  # variance over images and places: within places, and between them
             spread = (self.clean.std.square().mean(places) + self.clean.mean.var(places, correction=0)).sqrt()
-        return wasserstein(*self.histograms) / spread.clamp_min(1e-30)
+        distance = wasserstein(*self.histograms)  # first, as it makes both histograms' bins alike
+        return torch.where(spread > self.histograms[0].width, distance / spread.clamp_min(1e-30), torch.nan)

@@ -65,7 +65,7 @@ def results(profile):
             table = table[table.metric.str.startswith(("clean", "PGD"))]
             attack, n = table[table.labels == "true"].iloc[0][["metric", "n"]]
             data = drawn.get(name, {}).get("data", table.data.iloc[0]).removeprefix("folder:")
-            size = f"{data}, n = {n} attacked"
+            size = f"{data}, n = {table[table.labels == 'none'].n.iloc[0]}, attacked {n}"
             seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
             block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
             epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {PROFILES['paper'].epochs[model]})"
@@ -73,11 +73,13 @@ def results(profile):
             parts.append(f"{head}:\n\n{_markdown(scores(table, said))}")
     if (folder / "14_resnet20_evaluation_race.csv").exists():
         table = pd.read_csv(folder / "14_resnet20_evaluation_race.csv")
-        parts.append(f"Equal budgets (14): rates chosen on held-out training images.\n\n{_markdown(race(table))}")
+        parts.append(f"Tuned alike (14): rates chosen on held-out training images.\n\n{_markdown(race(table))}")
     if (folder / "18_conclusions_claims.csv").exists():
         verdicts = pd.read_csv(folder / "18_conclusions_claims.csv").verdict.value_counts()
-        words = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
-        parts.append(f"Of {verdicts.sum()} differences between activations in the thesis, here (18): {words}.\n")
+        words = ", ".join(f"{verdict} {n}" for verdict, n in verdicts.items())
+        parts.append(
+            f"The {verdicts.sum()} differences between activations in the thesis that can be made here (18): {words}.\n"
+        )
     return f"### Profile `{profile}`\n\n" + "\n".join(parts) if parts else ""
 
 

@@ -40,7 +40,7 @@ class BendKaf(View):
     def update(self, alpha=(), target="elu", kernel="gaussian", size=20, boundary=3.0, bandwidth=1.0):
         """``alpha``: added to the first coefficients; ``bandwidth``: in units of 1 / (6 spacing^2)."""
         gamma = bandwidth * default_bandwidth(size, boundary)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(0)
             kaf = KAF(1, size, boundary, kernel, None if target == "random" else target, bandwidth=gamma).double()
         added = torch.tensor(alpha[:size], dtype=torch.float64)
@@ -217,8 +217,10 @@ class GradientGrowth(View):
         for ax in self.axes:
             ax.legend(fontsize=8, loc="upper left")
             ax.minorticks_off()
-            ax.yaxis.set_major_formatter("{x:.3g}")  # powers as TeX take a third of the time
-        left.xaxis.set_major_formatter("{x:g}")
+        left.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        left.xaxis.set_major_formatter("{x:g}")  # powers as TeX take a third of the time
+        left.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_major_formatter("{x:.0e}")
 
     @staticmethod
     def block(chi):

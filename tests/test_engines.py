@@ -21,7 +21,8 @@ import pytest
 import torch
 
 import kafnb
-from kafnb import Evaluation, Experiment, Recipe, __main__, cluster, engines, profiles
+from kafnb import Evaluation, Experiment, Recipe, __main__, cluster, engines, errata, profiles
+from kafnb.methods import METHODS
 
 QUICK = Recipe("fgsm_rs", epochs=2, lr=(0.003, 0.3), eps=0.1)
 PGD = Evaluation("pgd", eps=0.1, steps=2, n=30)
@@ -88,10 +89,12 @@ def test_an_error_in_an_experiment_comes_back(tmp_path):
         kafnb.run([wrong, *table(2)], store=tmp_path, engine="processes", workers=2)
 
 
-def test_activations_of_your_own_reach_the_workers(tmp_path, monkeypatch):
+def test_what_you_registered_reaches_the_workers(tmp_path, monkeypatch):
     monkeypatch.setitem(kafnb.ACTIVATIONS, "square", lambda channels: torch.nn.Softshrink(0.1))
-    mine = dataclasses.replace(table(1)[0], activation="square")
-    assert len(kafnb.run(mine, store=tmp_path, engine="processes", threads=1)) == 1
+    monkeypatch.setitem(METHODS, "once", errata.frozen_start)  # of the package, and not registered by it
+    mine = dataclasses.replace(table(1)[0], activation="square", recipe=dataclasses.replace(QUICK, method="once"))
+    assert len(kafnb.run(mine, store=tmp_path, engine="processes", threads=1, device="auto")) == 1
+    assert engines.yours(table(2)) == {"activation": {}, "method": {}, "optimizer": {}}
 
 
 LONG = dataclasses.replace(QUICK, epochs=40)

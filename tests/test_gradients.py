@@ -174,12 +174,13 @@ class Exploding(torch.nn.Module):
         return grad * float("inf") if self.left == 0 else grad
 
 
-def test_a_gradient_that_is_not_finite_stops_with_the_layer_and_the_last_good_weights(tiny):
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_stops_with_the_layer_and_the_last_good_weights(tiny, clip):
     torch.manual_seed(0)
     saved = []
     net = models.mlp("relu", hidden=(8, 8))
     net = torch.nn.Sequential(*list(net[:3]), torch.nn.Linear(8, 8), Exploding(6), *list(net[4:]))
-    recipe = Recipe(epochs=4, batch_size=50, lr=(0.01, 0.1), monitor=True)  # 4 steps an epoch: fails in the second
+    recipe = Recipe(epochs=4, batch_size=50, lr=(0.01, 0.1), monitor=True, clip=clip)  # fails in the second epoch
     with pytest.warns(UserWarning, match="epoch 2: the gradient of 3 is not finite"):
         history = fit(
             net, tiny, recipe, save=lambda state: saved.append({k: v.clone() for k, v in state["model"].items()})

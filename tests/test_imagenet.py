@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -51,6 +52,9 @@ def test_operations_are_what_is_known_of_resnet50():
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="train/<class>"):
         imagenet.images(tmp_path, True, 32)
+    wrong = [sys.executable, "-m", "kafnb.imagenet", str(tmp_path)]
+    said = subprocess.run(wrong, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 2 and re.fullmatch(r"kafnb\.imagenet: no folder .*train/<class>.*\n", said.stderr)
 
 
 @pytest.mark.slow
@@ -97,6 +101,10 @@ def test_two_processes_train_on_a_small_folder_and_one_resumes(tmp_path):
     assert resumed["size"].tolist()[:4] == [32, 32, 48, 64] and resumed.loss.tolist()[:2] == [
         r["loss"] for r in state["history"]
     ]
+    other = imagenet.toy_folder(tmp_path / "other", train=49, test=12)
+    for wrong in (dict(root=other), dict(root=root, sync_batchnorm=True)):
+        with pytest.raises(ValueError, match="other images or with other statistics"):
+            imagenet.train(training, store=tmp_path / "alone", **wrong)
     again = imagenet.train(training, root, store=tmp_path / "alone")
     pd.testing.assert_frame_equal(again, resumed, check_dtype=False)
     with pytest.MonkeyPatch.context() as patch:

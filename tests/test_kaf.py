@@ -140,6 +140,14 @@ def test_default_bandwidth_is_the_papers_rule():
     assert KAF(1).bandwidth.item() == pytest.approx(1 / (6 * spacing**2), rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [5, 20, 50, 200])
+def test_narrow_kernels_are_finite_and_right_everywhere(size):
+    x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([1e4, -1e4])])[:, None]
+    for share in (1, 2, 2.1, 2.15, 2.2, 2.35, 2.5, 2.6, 4):  # powers end and single kernels begin at 2.16
+        kaf = KAF(1, size, 3.0, bandwidth=share * default_bandwidth(size, 3.0))
+        assert (kaf(x) - kaf.double()(x.double())).abs().max() < 1e-5, share
+
+
 def test_free_kaf_learns_dictionary_and_bandwidth_and_stays_positive():
     kaf = KAF(2, trainable_dictionary=True)
     assert {n for n, _ in kaf.named_parameters()} == {"alpha", "points", "log_bandwidth"}

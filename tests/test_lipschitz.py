@@ -206,6 +206,20 @@ def test_power_iteration_equals_svd_of_the_layer_itself(kind, sizes, options, sh
         assert certified == pytest.approx(exact, rel=1e-9)
 
 
+@pytest.mark.parametrize("padding, kernel", [(1, 1), (2, 3), (1, 2)])
+def test_circular_padding_that_repeats_outputs_has_no_certificate(padding, kernel):
+    layer = nn.Conv2d(2, 2, kernel, padding=padding, padding_mode="circular")
+    with pytest.raises(ValueError, match="repeats outputs"):
+        lipschitz.spectral_norm(layer, (2, 6, 6), "certified")
+
+
+@pytest.mark.parametrize("options", [dict(ceil_mode=True), dict(divisor_override=1), dict(count_include_pad=False)])
+def test_average_pooling_of_uneven_windows_has_no_rule(options):
+    net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.AvgPool2d(2, padding=1, **options))
+    with pytest.raises(ValueError, match="AvgPool2d"):
+        lipschitz.network_bound(net, torch.rand(1, 1, 5, 5))
+
+
 def test_spectral_norm_agrees_with_another_library():
     """PyTorch's own spectral normalisation divides a dense weight by its norm."""
     torch.manual_seed(5)

@@ -127,6 +127,16 @@ def test_scale_makes_distances_blind_to_units():
     assert torch.allclose(seven.wasserstein, one.wasserstein, atol=0.01)
 
 
+def test_a_unit_that_hardly_moves_has_no_distance():
+    torch.manual_seed(2)
+    clean = torch.randn(300, 3)
+    clean[:, 1] = 1e-9 * clean[:, 1]
+    shift = probes.Shift()
+    shift.update(clean, clean + 0.5)
+    assert shift.wasserstein.isnan().tolist() == [False, True, False]
+    assert (shift.wasserstein[::2] * clean.std(0)[::2] - 0.5).abs().max() < 0.05
+
+
 def test_hundred_thousand_images_in_bounded_memory():
     torch.manual_seed(2)
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))

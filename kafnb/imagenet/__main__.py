@@ -1,6 +1,7 @@
 """Command line: ``torchrun ... -m kafnb.imagenet ROOT``."""
 
 import argparse
+import sys
 
 import torch
 
@@ -18,13 +19,22 @@ def main(argv=None):
     parser.add_argument("--small", action="store_true", help="the same code at a size for a CPU")
     parser.add_argument("--store")
     a = parser.parse_args(argv)
+    try:
+        history = _train(a)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"kafnb.imagenet: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if history is not None:
+        print(history.to_string(index=False))
+    return 0
+
+
+def _train(a):
     chosen = imagenet.Training(a.activation, a.eps / 255, classes=len(imagenet.images(a.root[-1], True, 32).classes))
     chosen = imagenet.small(chosen, chosen.classes) if a.small else chosen
     where = dict(device=a.device, workers=a.workers, store=a.store, sync_batchnorm=a.sync_batchnorm)
-    history = imagenet.train(chosen, a.root, **where)
-    if history is not None:
-        print(history.to_string(index=False))
+    return imagenet.train(chosen, a.root, **where)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

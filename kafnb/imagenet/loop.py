@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import time
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
         folder = Folder(Path(store or default_store()) / training.name)
         if rank == 0:
             stack.enter_context(folder.lock())
-        origin = {"code": code_fingerprint("imagenet")}
-        known = [(_finished(folder, origin["code"]), folder.read_checkpoint(**origin))] if rank == 0 else [None]
+        roots = [root] if isinstance(root, str | Path) else list(root)
+        origin = {"code": code_fingerprint("imagenet"), "data": _listed(roots), "sync_batchnorm": sync_batchnorm}
+        known = [(_finished(folder, origin), folder.read_checkpoint(**origin))] if rank == 0 else [None]
         if processes > 1:
             dist.broadcast_object_list(known)
         (finished, state), model = known[0], training.build().to(device)
@@ -58,7 +60,6 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
             rows = list(state["history"])
         with synchronised(model, sync_batchnorm and processes > 1):
             ddp = wrapped(model, training.precision)
-            roots = [root] if isinstance(root, str | Path) else list(root)
             plan = [
                 (p, e, roots[min(i, len(roots) - 1)]) for i, p in enumerate(training.phases) for e in range(p.epochs)
             ]
@@ -73,11 +74,21 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
             return _keep(folder, training, model.eval(), roots[-1], rows, device, test_images, origin)
 
 
-def _finished(folder, code):
-    """True if the folder holds a whole training that may be used."""
+def _listed(roots):
+    """Fingerprint of the images, by class and file name: to train on of each folder, to test on of the last."""
+    parts = [*(images(root, True, 32) for root in roots), images(roots[-1], False, 32)]
+    lists = [(Path(path).relative_to(part.root).as_posix(), label) for part in parts for path, label in part.samples]
+    return hashlib.sha256(repr(lists).encode()).hexdigest()[:16]
+
+
+def _finished(folder, origin):
+    """True if the folder holds a whole training that may be used; an error if that was of other images."""
     if not all(folder.has(name) for name in ("weights.safetensors", "experiment.json", "history.csv")):
         return False
-    return folder.by_this_code("weights.safetensors", folder.read_json("experiment.json").get("code"), code)
+    record = folder.read_json("experiment.json")
+    if any(record.get(name, origin[name]) != origin[name] for name in ("data", "sync_batchnorm")):
+        raise ValueError(f"{folder.path} was trained on other images or with other statistics: name another --store")
+    return folder.by_this_code("weights.safetensors", record.get("code"), origin["code"])
 
 
 def _epoch(ddp, data, training, phase, epoch, done, optimizer, rank, processes, workers):

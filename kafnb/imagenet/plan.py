@@ -64,7 +64,7 @@ FULL = tuple(Training(a, eps / 255) for a in ("relu", "swish", "kaf_elu") for ep
 
 
 def small(training, classes):
-    """The same training at a size for a CPU: four blocks, images of 32 to 64 pixels, one epoch a phase."""
+    """The same training at a size for a CPU: four blocks, images of 32 to 64 pixels, four epochs in all."""
     phases = (
         Phase(32, 32, 2, (0, 1, 2), (0.0, 0.1, 0.05)),
         Phase(48, 16, 1, (0, 1), (0.05, 0.01)),

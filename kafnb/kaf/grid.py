@@ -36,8 +36,8 @@ class Grid(typing.NamedTuple):
         return " ".join(map(repr, self))
 
     def in_range(self):
-        """False for kernels so narrow (2.5 x the default bandwidth) that r^5 would leave float32: one by one, then."""
-        return self.gamma * self.spacing**2 <= 0.42
+        """False for kernels so narrow (2.1 x the default bandwidth) that r^5 would leave float32: one by one, then."""
+        return self.gamma * self.spacing**2 <= 0.36
 
 
 class Chunk(typing.NamedTuple):

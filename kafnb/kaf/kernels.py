@@ -1,7 +1,7 @@
 """Kernels k(x, d) of a KAF, as functions of t = x - d and the bandwidth gamma > 0.
 
-gamma has the meaning that it has for the Gaussian, 1 / length^2 up to a factor: each kernel is scaled so that at
-gamma = ``default_bandwidth`` it has fallen about as far at the next dictionary point as the Gaussian has.
+gamma has the meaning that it has for the Gaussian, 1 / length^2 up to a factor: the length scale of each kernel is the
+Gaussian's of that gamma.
 """
 
 import dataclasses
@@ -93,8 +93,8 @@ def ridge_coefficients(target, dictionary, bandwidth, eps=1e-6, kernel="gaussian
     dictionary : Tensor, shape (D,)
     bandwidth : float
     eps : float
-        Ridge term. 1e-6 (the paper) gives an exact fit and coefficients near 70 for ReLU at D = 20; 1e-3 keeps them
-        under 10, which float16 needs. ``condition`` tells what the solution amplifies.
+        Ridge term. 1e-6 (the thesis) fits the points nearly exactly, with coefficients near 70 for ReLU at D = 20; 1e-3
+        keeps them under 10, which float16 needs. ``condition`` tells what the solution amplifies.
     kernel : str or tuple of str
         Several are averaged.
 

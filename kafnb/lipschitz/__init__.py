@@ -52,6 +52,10 @@ def _pooling(layer, shape):
     if isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)):
         return 1 / math.sqrt(shape[1] * shape[2])
     if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d):
+        if isinstance(layer, nn.AvgPool2d) and (
+            layer.ceil_mode or layer.divisor_override or not (layer.count_include_pad or layer.padding in (0, (0, 0)))
+        ):
+            raise ValueError("AvgPool2d has a rule without ceil_mode and divisor_override, with count_include_pad only")
         size, stride = (v if isinstance(v, tuple) else (v, v) for v in (layer.kernel_size, layer.stride))
         windows = math.prod(-(-k // s) for k, s in zip(size, stride, strict=True))  # that an input is in, at most
         return math.sqrt(windows) / (math.sqrt(math.prod(size)) if isinstance(layer, nn.AvgPool2d) else 1)

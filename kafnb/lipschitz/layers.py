@@ -47,6 +47,8 @@ def _fourier(weight, layer, shape):
     the norm. A stride of s adds up the s^2 frequencies that look alike on the coarser grid.
     """
     circular = layer.padding_mode == "circular"
+    if circular and any(2 * p > k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True)):
+        raise ValueError("circular padding beyond (kernel_size - 1) / 2 repeats outputs: take method 'svd' or 'power'")
     room, stride = [], []
     for n, k, p, s in zip(shape[1:], layer.kernel_size, layer.padding, layer.stride, strict=True):
         size = max(n + (0 if circular else p), k)
@@ -69,9 +71,9 @@ def spectral_norm(layer, input_shape=None, method="power", *, scale=None, iterat
         What a convolution is applied to: its norm grows with the image.
     method : {"power", "svd", "fourier", "certified"}
         "power": block power iteration through the layer and its transpose, from below. "svd": of the dense matrix,
-        for layers of a few thousand inputs. "fourier": for convolutions, exact on a torus (circular padding, a
-        stride that divides the image), an upper bound otherwise. "certified": "fourier" for a
-        convolution, "svd" for a dense layer.
+        for layers of a few thousand inputs. "fourier": for convolutions, exact on a torus (circular padding of at
+        most (kernel_size - 1) / 2, a stride that divides the image), an upper bound otherwise. "certified":
+        "fourier" for a convolution, "svd" for a dense layer.
     scale : Tensor, shape (output channels,), optional
         Folded in: the norm of diag(scale) W.
     iterations, tolerance
