@@ -8,7 +8,7 @@ ROOT = next(p for p in Path(__file__).resolve().parents if (p / "kafnb").is_dir(
 sys.path.insert(0, str(ROOT))
 
 project = "kafnb"
-author = "the kafnb authors"
+author = "the kafnb developers"
 html_title = "kafnb"
 extensions = [
     "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinxcontrib.bibtex",

@@ -66,7 +66,7 @@ def free(model, x, y, recipe, state):
 
 
 def n_fgsm(model, x, y, recipe, state):
-    """FGSM from a strongly noised image, not projected back onto the ball; today's cheap cure of the collapse.
+    """FGSM from a strongly noised image, not projected back onto the ball: a cheap remedy against the collapse.
 
     ``strength`` k (default 2): the noise is uniform in [-k eps, k eps]. (arXiv:2202.01181, algorithm 1)
     """

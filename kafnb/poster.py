@@ -78,7 +78,7 @@ def _resnet20(ax, table):
     for name in table.activation.unique():
         ax.scatter(rate.loc[name, "clean"], rate.loc[name, attack], s=45, **figures.style(name))
     ax.set(xlabel="clean accuracy, %", ylabel=f"{attack}, %")
-    ax.set_title(f"ResNet20, adversarially trained:\neach point is uncertain by ± {half.mean():.1f} points")
+    ax.set_title(f"ResNet20, adversarially trained:\n± {half.mean():.1f} points under attack, on average")
     ax.legend(fontsize=7, ncols=2)
 
 

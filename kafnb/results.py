@@ -165,4 +165,7 @@ def measured(experiment, evaluations, store, data_root):
         return False
     files = [evaluation_file(e) for e in (CLEAN, *evaluations)]
     with folder.lock():
-        return all(map(folder.has, files)) and finished_in(folder, data, weights_code(experiment))
+        if not (all(map(folder.has, files)) and finished_in(folder, data, weights_code(experiment))):
+            return False
+        weights = folder.digest("weights.safetensors")
+        return all(folder.read_comment(name).get("weights", weights) == weights for name in files)

@@ -244,5 +244,6 @@ class GradientGrowth(View):
         self.axes[1].set_title(f"ResNet{depth}: × {self.growth:.3g} a block, {self.growth ** blocks[-1]:.1e} in all")
         for ax in self.axes:
             _rescale(ax)
+        self.axes[0].set_ylim(1, max(2.2, self.axes[0].get_ylim()[1]), auto=True)  # chi is never below 1
         columns = {"blocks": blocks, "kaf": self.growth**blocks}
         self.numbers = pd.DataFrame(columns | {n: f**blocks for n, (_, f) in self.known.items()})
