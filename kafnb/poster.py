@@ -42,7 +42,7 @@ def _kwta(ax, table):
     for i, (network, activation) in enumerate(networks.items()):
         look = {"color": figures.style(activation)["color"], "label": figures.LABELS[activation]}
         ax.bar(np.arange(len(rate)) + 0.4 * i - 0.2, rate[network], 0.4, **look)
-    ax.set_xticks(range(len(rate)), [a.replace(" ", "\n") for a in rate.index], fontsize=8)
+    ax.set_xticks(range(len(rate)), [a.replace(" ", "\n") for a in rate.index], fontsize=6.5)
     seen, left = rate.loc["PGD", "k-WTA, ratio falling"], rate.loc["all together", "k-WTA, ratio falling"]
     ax.set(ylabel="accuracy, %", ylim=(0, 118))
     ax.set_title(f"k-WTA hides: {seen:.0f} % stand PGD,\n{left:.0f} % stand {len(rate) - 2} attacks together")
@@ -56,7 +56,7 @@ def _depth(ax, table):
         ax.plot(curve.depth, curve.total_predicted, color=figures.style(name)["color"], linewidth=1)
     ax.axhline(np.finfo(np.float16).max, color="k", linewidth=0.8, linestyle=":")
     ax.set(yscale="log", xlabel="depth", ylabel="growth of the gradient")
-    ax.set_title("Random KAFs explode, as predicted (lines)\nfrom the function alone")
+    ax.set_title("Random KAFs explode, as predicted\n(lines: theory, no trained weights)")
     ax.legend(fontsize=8)
 
 
