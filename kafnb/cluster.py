@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from .data import load_data
-from .engines import register
 from .paths import home
+from .registered import register, yours
 from .store import Folder
 
 
@@ -85,15 +85,14 @@ def connect(address=None, workers=None):
 
 
 def ray_tasks(
-    measure, experiments, evaluations, *, bars, own, retries, store, device, data_root, workers=None, threads=None,
+    measure, experiments, evaluations, *, bars, retries, store, device, data_root, workers=None, threads=None,
     address=None,
 ):  # fmt: skip
     """One task an experiment on Ray; one that is lost with its worker or machine is started again.
 
     Where a worker sees the store (the same path on a shared file system) it works in it, and what is started again
     resumes from the last checkpoint. Where not, the files come back with the result, and it starts from the beginning.
-    Of a GPU each experiment gets a share by memory (``gpu_share``). ``bars`` is told of progress and ``own`` is what
-    the caller registered; see ``engines``.
+    Of a GPU each experiment gets a share by memory (``gpu_share``). ``bars`` is told of progress; see ``engines``.
     """
     ray = connect(address, workers)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as At
@@ -109,7 +108,7 @@ def ray_tasks(
     store.mkdir(parents=True, exist_ok=True)
     (store / token).touch()
     try:
-        registered = ray.put(own)
+        registered = ray.put(yours(experiments))
         for i, e in enumerate(experiments):
             share = gpu_share(e, load_data(e.data, data_root), memory) if memory else 0
             folder = Folder(store / e.name)

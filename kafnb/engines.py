@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .activations import ACTIVATIONS, pick
-from .methods import METHODS
-from .recipe import OPTIMIZERS, epochs_of
+from .checks import pick
+from .cluster import ray_tasks
+from .recipe import epochs_of
+from .registered import register, yours
 
 RETRIES = 5  # of an experiment whose process or machine was lost; an error in the experiment itself is not retried
 
@@ -47,25 +48,6 @@ class Bars:
     def close(self):
         for bar in (*self.running.values(), self.all):
             bar.close()
-
-
-REGISTERED = {"activation": ACTIVATIONS, "method": METHODS, "optimizer": OPTIMIZERS}
-_OURS = {kind: dict(known) for kind, known in REGISTERED.items()}
-
-
-def yours(experiments):
-    """What these experiments use that was registered after import, by kind and name: other processes lack it."""
-    used = {kind: {getattr(e if kind == "activation" else e.recipe, kind) for e in experiments} for kind in REGISTERED}
-    return {
-        kind: {n: known[n] for n in used[kind] & set(known) if known[n] is not _OURS[kind].get(n)}
-        for kind, known in REGISTERED.items()
-    }
-
-
-def register(own):
-    """Here, what ``yours`` found in another process."""
-    for kind, known in own.items():
-        REGISTERED[kind].update(known)
 
 
 def _start(threads, registered):
@@ -125,11 +107,9 @@ def processes(
 
 def ray(measure, experiments, evaluations, *, progress, **where):
     """See ``cluster.ray_tasks``."""
-    from .cluster import ray_tasks
-
     bars = Bars(experiments, progress)
     try:
-        ray_tasks(measure, experiments, evaluations, bars=bars, own=yours(experiments), retries=RETRIES, **where)
+        ray_tasks(measure, experiments, evaluations, bars=bars, retries=RETRIES, **where)
     finally:
         bars.close()
 

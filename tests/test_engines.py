@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import kafnb
-from kafnb import Evaluation, Experiment, Recipe, __main__, cluster, engines, errata, profiles
+from kafnb import Evaluation, Experiment, Recipe, __main__, cluster, engines, errata, profiles, registered
 from kafnb.methods import METHODS
 
 QUICK = Recipe("fgsm_rs", epochs=2, lr=(0.003, 0.3), eps=0.1)
@@ -94,7 +94,7 @@ def test_what_you_registered_reaches_the_workers(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "once", errata.frozen_start)  # of the package, and not registered by it
     mine = dataclasses.replace(table(1)[0], activation="square", recipe=dataclasses.replace(QUICK, method="once"))
     assert len(kafnb.run(mine, store=tmp_path, engine="processes", threads=1, device="auto")) == 1
-    assert engines.yours(table(2)) == {"activation": {}, "method": {}, "optimizer": {}}
+    assert registered.yours(table(2)) == {"activation": {}, "method": {}, "optimizer": {}}
 
 
 LONG = dataclasses.replace(QUICK, epochs=40)
