@@ -27,21 +27,23 @@ def _markdown(table):
 
 
 def scores(table, said):
-    """Per cent and 95 % intervals, a row an activation: clean, attacked with true and with predicted labels; thesis."""
+    """Per cent and 95 % intervals, a row an activation: clean, attacked with true and predicted labels; thesis."""
     if "mean" not in table:  # tables of one seed may be without
         table = table.assign(mean=table.rate, mean_low=table.low, mean_high=table.high)
+    pgd, auto = (table.metric.str.startswith(attack) for attack in ("PGD", "AutoAttack"))
+    columns = {"clean": table.metric == "clean"}
+    columns |= {f"attacked, {labels} labels": pgd & (table.labels == labels) for labels in ("true", "predicted")}
+    if auto.any():
+        columns[f"AutoAttack, n = {table[auto].n.iloc[0]}"] = auto
     rows = []
-    for activation, runs in table.groupby("activation", sort=False):
-        row = {"": LABELS.get(activation, activation)}
-        for labels in ("none", "true", "predicted"):
-            found = runs[runs.labels == labels].head(1)  # none where only a part was in the store
-            for r in found.itertuples():
-                row[labels] = f"{100 * r.mean:.1f} [{100 * r.mean_low:.1f}, {100 * r.mean_high:.1f}]"
-            row.setdefault(labels, "")
+    for activation in table.activation.unique():
+        row = {"": LABELS.get(activation, activation)} | dict.fromkeys(columns, "")  # only a part may be in the store
+        for column, wanted in columns.items():
+            for r in table[wanted & (table.activation == activation)].head(1).itertuples():
+                row[column] = f"{100 * r.mean:.1f} [{100 * r.mean_low:.1f}, {100 * r.mean_high:.1f}]"
         clean, robust = said.get(activation, ("", ""))
         rows.append(row | {"thesis, CIFAR-10: clean": clean, "attacked": robust})
-    words = {"none": "clean", "true": "attacked, true labels", "predicted": "attacked, predicted labels"}
-    return pd.DataFrame(rows).rename(columns=words)
+    return pd.DataFrame(rows)
 
 
 def race(table):
@@ -62,8 +64,7 @@ def results(profile):
     for title, model, name, said in TABLES:
         if (folder / f"{name}.csv").exists():
             table = pd.read_csv(folder / f"{name}.csv")
-            table = table[table.metric.str.startswith(("clean", "PGD"))]
-            attack, n = table[table.labels == "true"].iloc[0][["metric", "n"]]
+            attack, n = table[table.metric.str.startswith("PGD")].iloc[0][["metric", "n"]]
             data = drawn.get(name, {}).get("data", table.data.iloc[0]).removeprefix("folder:")
             size = f"{data}, n = {table[table.labels == 'none'].n.iloc[0]}, attacked {n}"
             seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
