@@ -92,6 +92,8 @@ def run(
 ):  # fmt: skip
     """Train or load each experiment and measure it.
 
+    What another process is at comes last, so that several with the same list share its work.
+
     Parameters
     ----------
     experiments : Experiment or list
@@ -154,11 +156,13 @@ def run(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = device_of(device)
-    for experiment in tqdm(experiments, unit="model", leave=False, disable=not progress):
-        scores = measure(
-            experiment, wanted[experiment], store=store, data_root=data_root, device=device, progress=progress
-        )  # fmt: skip
-        for evaluation, score in scores:
+    where = dict(store=store, data_root=data_root, device=device, progress=progress)
+    scores, left = {}, list(dict.fromkeys(experiments))
+    for _ in tqdm(range(len(left)), unit="model", leave=False, disable=not progress):
+        experiment = left.pop(next((i for i, e in enumerate(left) if not Folder(store / e.name).busy()), 0))
+        scores[experiment] = measure(experiment, wanted[experiment], **where)
+    for experiment in experiments:
+        for evaluation, score in scores[experiment]:
             low, high = score.interval
             rows.append(
                 dict(

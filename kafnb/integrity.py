@@ -8,7 +8,7 @@ import re
 import warnings
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .checks import pick
 from .paths import write_atomically
@@ -34,7 +34,7 @@ class Checked:
         self.path = Path(path)
 
     @contextlib.contextmanager
-    def lock(self):
+    def lock(self, blocking=True):
         """Inside, no other process writes here. A store that cannot be written to needs no lock to be read."""
         if self.path.is_symlink():
             raise ValueError(f"{self.path} is a link to somewhere else: results are written in the store only")
@@ -42,7 +42,9 @@ class Checked:
         try:
             locks.mkdir(parents=True, exist_ok=True)
             # the operating system releases the lock when its process ends, however it ends
-            held = FileLock(locks / f"{self.path.name}.lock").acquire()
+            held = FileLock(locks / f"{self.path.name}.lock").acquire(blocking=blocking)
+        except Timeout:
+            raise
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise type(error)(f"cannot lock {self.path}: {error.strerror or error}") from error
@@ -52,6 +54,14 @@ class Checked:
                 with contextlib.suppress(OSError):
                     part.unlink()
             yield
+
+    def busy(self):
+        """Whether another process has the lock."""
+        try:
+            with self.lock(blocking=False):
+                return False
+        except Timeout:
+            return True
 
     def _sums(self):
         path = self.path / SUMS

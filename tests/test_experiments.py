@@ -4,6 +4,8 @@ import dataclasses
 import json
 import multiprocessing
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -162,6 +164,20 @@ def test_two_processes_train_once(store):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         first, second = pool.map(_train, [store, store])
     assert first == second  # the recorded seconds differ if it was trained twice
+
+
+def test_what_another_process_is_at_comes_last(store):
+    theirs, ours = MLP, dataclasses.replace(MLP, seed=MLP.seed + 1)
+    done = Folder(store / ours.name)
+    with ThreadPoolExecutor(1) as thread:
+        with Folder(store / theirs.name).lock():
+            running = thread.submit(kafnb.run, [theirs, ours, theirs], store=store)
+            until = time.monotonic() + 60
+            while not (done.path / "SHA256SUMS").exists() or done.busy():
+                assert time.monotonic() < until and not running.done()
+                time.sleep(0.05)
+            assert not folder_of(store).exists() and done.has("weights.safetensors")
+        assert running.result().seed.tolist() == [theirs.seed, ours.seed, theirs.seed]  # in the order asked for
 
 
 def test_diverged_training_is_a_result(store):
