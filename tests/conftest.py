@@ -41,6 +41,16 @@ def images():
     return x, torch.randint(0, 10, (13,), generator=generator)
 
 
+def pytest_collection_modifyitems(items):
+    """Files that take long first, so that the workers end together: notebooks by their measured times, slow tests."""
+    from kafnb import figures, paths
+
+    measured = figures.read_manifest(paths.home() / "figures" / "quick").get("notebooks", {})
+    seconds = {name: entry.get("seconds_from_nothing", 0) for name, entry in measured.items()}
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("browser")}
+    items.sort(key=lambda item: (-seconds.get(item.path.stem, 0), item.path not in slow))
+
+
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """``make bench``: keep the table, and on which machine it was measured, in figures/benchmark/."""
     import pandas as pd

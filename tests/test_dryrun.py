@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pandas as pd
+import pytest
 
 from kafnb import Recipe, dryrun, profiles
 from kafnb.data import load_data
@@ -36,6 +37,7 @@ def test_images_are_a_tree_that_the_loader_reads(tmp_path, monkeypatch):
     assert (data.y_train.bincount() == 4).all() and not (data.x_train == data.x_test).all()
 
 
+@pytest.mark.slow
 def test_the_paper_profile_runs_dry_from_the_command_line(tmp_path):
     """Notebook 14 at the thesis' settings: eight ResNet20, two seeds, bfloat16, random crops, two label protocols."""
     (tmp_path / "notebooks").symlink_to(home() / "notebooks")
