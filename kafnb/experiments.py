@@ -63,8 +63,8 @@ class Experiment:
 
     @property
     def key(self):
-        data = f"folder:{Path(self.data).name}" if self.data.startswith("folder:") else self.data
-        return key_of(dataclasses.replace(self, data=data))
+        kind, folder, path = self.data.partition("folder:")
+        return key_of(dataclasses.replace(self, data=f"{kind}{folder}{Path(path).name}"))
 
     @property
     def name(self):

@@ -44,7 +44,8 @@ def test_key_depends_on_what_matters_only():
         assert dataclasses.replace(MLP, **change).key != MLP.key
     # defaults are left out, so a field added later changes no key; this one is frozen
     assert Experiment().key == "44136fa355"
-    assert Experiment("folder:/a/tree").key == Experiment("folder:/b/tree").key != Experiment("folder:/b/other").key
+    key = Experiment("folder:/a/tree").key
+    assert key == Experiment("folder:/b/tree").key == Experiment("folder:tree").key != Experiment("folder:/b/other").key
 
 
 def test_train_once_then_load(store, monkeypatch):
