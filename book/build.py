@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import kafnb  # noqa: E402
+from kafnb import summary  # noqa: E402
 from kafnb.figures import read_manifest  # noqa: E402
 from kafnb.notebooks import PROGRAMME, available  # noqa: E402
 
@@ -62,11 +63,11 @@ def number_equations(text, name, count):
     return re.sub(r"(?ms)^\$\$.+?\$\$(?=[ \t]*$)", label, text)
 
 
-def words(name, manifest):
+def words(name, manifest, folder=FIGURES):
     """Alternative text and caption of a figure: what ``save_figure`` noted, or the names of its numbers."""
     alt = manifest[name].get("alt")
     if not alt:  # drawn before figures had words: its notebook has to run once more (make keep)
-        columns = (FIGURES / f"{name}.csv").read_text().split("\n", 1)[0].replace(",", ", ")[:300]
+        columns = (folder / f"{name}.csv").read_text().split("\n", 1)[0].replace(",", ", ")[:300]
         alt = f"{name.replace('_', ' ')}, drawn from {columns}."
         print(f"book: figure {name} has no words of its own", file=sys.stderr)
     title = re.sub(r"^\d+ panels\. ", "", alt.removesuffix("."))
@@ -127,6 +128,29 @@ def gallery(manifest):
     return "\n".join(lines)
 
 
+def photographs():
+    """What profiles of larger size have left in figures/: the README's tables, and each picture with its words."""
+    lines = [
+        "# On photographs",
+        "",
+        "The notebooks' pages show runs on digits. Here is what the larger profiles drew so far,",
+    ]
+    lines += ["their notebooks run headless; an interval is of images and, where there are several, of seeds.", ""]
+    for profile in ("paper", "small"):
+        folder = FIGURES.with_name(profile)
+        manifest = {f: m for f, m in read_manifest(folder)["figures"].items() if (folder / f"{f}.png").exists()}
+        shutil.copytree(folder, SOURCE / "figures" / profile, ignore=shutil.ignore_patterns("*.lock"))
+        lines += [summary.results(profile).removeprefix("#"), ""]
+        for figure, made in sorted(manifest.items()):
+            alt, caption = words(figure, manifest, folder)
+            here = f"{made['device']}, torch {made['torch']}, commit {made['commit']}"
+            said = [f"{{doc}}`{made['notebook'][:2]} <{made['notebook']}>`, profile {profile}"]
+            said += [f"{{download}}`numbers <figures/{profile}/{figure}.csv>`", *made.get("computed_on", [here])]
+            lines += [f":::{{figure}} figures/{profile}/{figure}.png", f":alt: {alt}", f":name: fig-{profile}-{figure}"]
+            lines += ["", f"{caption} ({'; '.join(said)})", ":::", ""]
+    return "\n".join(lines)
+
+
 def toctrees():
     """The notebooks by chapter of the thesis."""
     parts = []
@@ -164,6 +188,7 @@ def prepare():
     index = (SOURCE / "index.md").read_text().replace("{toctrees}", toctrees())
     (SOURCE / "index.md").write_text(index.replace("{poster}", words("poster", manifest)[0]))
     (SOURCE / "gallery.md").write_text(gallery({f: m for f, m in manifest.items() if (FIGURES / f"{f}.png").exists()}))
+    (SOURCE / "photographs.md").write_text(photographs())
     reference()
 
 

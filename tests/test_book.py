@@ -50,6 +50,17 @@ def test_figures_get_words_and_equations_get_numbers(build):
     assert len(labels) >= 3 and len(labels) == len(set(labels)) == len(re.findall(r"(?m)^\$\$", text))
 
 
+def test_photographs_have_the_tables_of_the_readme_and_every_picture(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SOURCE", tmp_path)
+    page, readme = build.photographs(), (home() / "README.md").read_text()
+    for profile in ("paper", "small"):
+        pictures = {p.name for p in QUICK.with_name(profile).glob("*.png")}
+        assert pictures and {p.name for p in (tmp_path / "figures" / profile).glob("*.png")} == pictures
+        assert not [name for name in pictures if f"figures/{profile}/{name}" not in page]
+        table = readme.split(f"### Profile `{profile}`\n")[1].split("\n### ")[0].strip()
+        assert table.count("|") > 50 and table in page
+
+
 def test_the_poster_draws_what_is_stored(tmp_path, monkeypatch):
     import pandas as pd
 
