@@ -33,16 +33,19 @@ class Checked:
     def __init__(self, path):
         self.path = Path(path)
 
+    @property
+    def _lock_file(self):
+        return self.path.parent / ".locks" / f"{self.path.name}.lock"
+
     @contextlib.contextmanager
     def lock(self, blocking=True):
         """Inside, no other process writes here. A store that cannot be written to needs no lock to be read."""
         if self.path.is_symlink():
             raise ValueError(f"{self.path} is a link to somewhere else: results are written in the store only")
-        locks = self.path.parent / ".locks"
         try:
-            locks.mkdir(parents=True, exist_ok=True)
+            self._lock_file.parent.mkdir(parents=True, exist_ok=True)
             # the operating system releases the lock when its process ends, however it ends
-            held = FileLock(locks / f"{self.path.name}.lock").acquire(blocking=blocking)
+            held = FileLock(self._lock_file).acquire(blocking=blocking)
         except Timeout:
             raise
         except OSError as error:
@@ -56,7 +59,9 @@ class Checked:
             yield
 
     def busy(self):
-        """Whether another process has the lock."""
+        """Whether another process has the lock; writes nothing."""
+        if not self._lock_file.exists():
+            return False
         try:
             with self.lock(blocking=False):
                 return False
