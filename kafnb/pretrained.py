@@ -40,7 +40,7 @@ def names():
 
 
 def _read(name):
-    """Of a network by name: its metadata and its tensors, weights and others."""
+    """The file of a network by name, its metadata and its tensors, weights and others."""
     path = WEIGHTS / f"{pick(names(), name, 'name of a trained network')}.safetensors"
     with _whole(path), safe_open(path, "pt") as f:
         return path, {k: json.loads(v) for k, v in f.metadata().items() if k != "format"}, load_file(path)
@@ -150,7 +150,7 @@ def publish(folder, data_root=None, epochs=False):
     evaluated = _evaluated(folder)
     kept = {"folder": folder.path.name, "experiment": record, "history": (folder.path / "history.csv").read_text()}
     kept["evaluations"] = [(made, len(correct)) for made, correct in evaluated]
-    tensors = folder.read_weights() | {LABELLED: data.y_test.to(torch.uint8)}  # at most 256 classes
+    tensors = folder.read_weights() | {LABELLED: data.y_test.to(torch.int16)}
     tensors |= {f"{OUTCOME}{i}": torch.from_numpy(np.packbits(correct)) for i, (_, correct) in enumerate(evaluated)}
     content = save(tensors, {"format": "pt", "network": json.dumps(network), "record": json.dumps(kept)})
     write_atomically(WEIGHTS / f"{name}.safetensors", lambda p: p.write_bytes(content))

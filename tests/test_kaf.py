@@ -171,10 +171,10 @@ def test_state_deepcopy_and_autocast():
         assert kaf(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("way", "size"), [("eager", 30), ("compiled", 20)])
-def test_memory_is_not_the_dictionarys(way, size):
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_memory_is_not_the_dictionarys(way):
     """At most 4 activations above the inputs, forward and backward, and eagerly the workspace that a thread keeps."""
-    kaf, x = KAF(16, size), torch.randn(64, 16, 16, 16, requires_grad=True)
+    kaf, x = KAF(16, 30), torch.randn(64, 16, 16, 16, requires_grad=True)
     function, g = torch.compile(kaf, fullgraph=True) if way == "compiled" else kaf, torch.randn_like(x)
     step(function, x, g, [kaf.alpha])
     most = 5.2 if way == "compiled" and torch.__version__.startswith("2.11.") else 4.2  # its compiler keeps one more
