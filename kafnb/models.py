@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .activations import activation as named_activation
 from .checks import count, instance, number, pick
+from .kaf import KAF
 
 
 def _factory(activation):
@@ -220,10 +221,10 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     return model
 
 
-# work on any memory layout; a KAF works on channels-first blocks on a CPU, and would copy
+# these work on any memory layout
 ANY_LAYOUT = (
     nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout,
-    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Tanh, _PadShortcut,
+    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Tanh, KAF, _PadShortcut,
 )  # fmt: skip
 
 

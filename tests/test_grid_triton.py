@@ -34,11 +34,10 @@ def assert_near(got, wants, names, rtol, case):
 
 
 def check(device, sizes=SIZES):
-    """Forward and backward of the kernels against the eager evaluation in float64."""
+    """Forward and backward of the kernels against operations on whole tensors in float64."""
     from kafnb import KAF
-    from kafnb.kaf import eager as grid_eager
+    from kafnb.kaf import compiled, walk
     from kafnb.kaf import fused as grid_triton
-    from kafnb.kaf import walk
 
     walk.ROWS, walk.LEAST, walk.TILES = 1, 1, 2  # several tiles, the last of them not full
     for size, boundary in sizes:
@@ -50,8 +49,8 @@ def check(device, sizes=SIZES):
                 x, g = drawn(shape, memory_format, dtype, boundary / 2)
                 alpha = kaf.alpha.detach()
                 x64, g64, a64 = x.double(), g.double(), alpha.double()
-                want, slope = grid_eager.forward(x64, a64, kaf.grid, True)
-                wants = want, g64 * slope, grid_eager.correlation(x64, g64, kaf.grid, torch.float64)
+                want, slope = compiled.forward(x64, a64, kaf.grid)
+                wants = want, g64 * slope, compiled.correlation(x64, g64, kaf.grid, torch.float64)
                 x, g, alpha = (t.to(device) for t in (x, g, alpha))
                 got = grid_triton.forward(x, alpha, kaf.grid), *grid_triton.gradients(g, x, alpha, kaf.grid)
                 assert all(t.is_contiguous(memory_format=memory_format) for t in got[:2])
@@ -75,7 +74,8 @@ def check_free(device):
             tables = torch.randn(c, size), 3 * torch.randn(rows, size), 0.1 + torch.rand(rows)
             x64, g64, *t64 = (t.double() for t in (x, g, *tables))
             want, slope = free.forward(x64, *t64, True)
-            wants = want, *free.gradients(g64, x64, *t64, slope, True, True), free.correlation(x64, g64, *t64[1:])
+            sums = free.sums(x64, g64, *t64[1:])
+            wants = want, g64 * slope, *free.of_parameters(sums, *t64), sums[0]
             x, g, *tables = (t.to(device) for t in (x, g, *tables))
             got = fused_free.forward(x, *tables), *fused_free.gradients(g, x, *tables)
             assert all(t.is_contiguous(memory_format=memory_format) for t in got[:2])

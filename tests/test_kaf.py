@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kafnb import KAF
-from kafnb.kaf import RIDGE_TARGETS
+from kafnb.kaf import RIDGE_TARGETS, dispatch
 from kafnb.kaf.gaussian import gaussian_mixture, grid_mixture
 from kafnb.kaf.kernels import KERNELS, condition, default_bandwidth, gram, ridge_coefficients, second_moment
 
@@ -111,6 +111,65 @@ def test_tails_are_exact_zeros_with_zero_gradients(dtype):
     assert (y == 0).all() and (x.grad == 0).all() and kaf.alpha.grad.isfinite().all()
 
 
+def numbers(kaf, x, g):
+    """f and all gradients."""
+    x = x.detach().requires_grad_()
+    y = kaf(x)
+    return [y, *torch.autograd.grad(y, (x, *kaf.parameters()), g)]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_what_is_no_number_stays_so_and_infinity_is_beyond_the_tails(trainable):
+    kaf, x = KAF(2, trainable_dictionary=trainable), torch.full((3, 2), torch.nan)
+    x[:, 0] = torch.tensor([torch.inf, -torch.inf, 1.0])
+    y = kaf(x)
+    assert y[:, 1].isnan().all() and (y[:2, 0] == 0).all() and y[2, 0] != 0
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("shape", [(37, 3, 5, 7), (8, 3, 9, 9), (50, 70)])
+def test_threads_and_tasks_on_a_cpu(monkeypatch, shape, trainable):
+    native = pytest.importorskip("kafnb.kaf.native")
+    kaf, x, g = KAF(shape[1], trainable_dictionary=trainable), torch.randn(shape), torch.randn(shape)
+    whole, before, found = numbers(kaf, x, g), torch.get_num_threads(), []
+    monkeypatch.setattr(native, "TASK", 300)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(numbers(kaf, x, g))
+    finally:
+        torch.set_num_threads(before)
+    for one, three, want in zip(*found, whole, strict=True):
+        assert torch.equal(one, three)  # the sums are added in one order, however many threads there are
+        torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_numba_the_same_in_whole_tensors(monkeypatch, trainable, dtype):
+    pytest.importorskip("kafnb.kaf.native")
+    kaf = KAF(3, 37, trainable_dictionary=trainable)
+    x, g = torch.randn(20, 3, 4, dtype=dtype), torch.randn(20, 3, 4, dtype=dtype)
+    with_it = numbers(kaf, x, g)
+    monkeypatch.setattr(dispatch, "_cpu", lambda: None)
+    for a, b in zip(with_it, numbers(kaf, x, g), strict=True):
+        tolerance = 1e-2 if a.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch):
+    native = pytest.importorskip("kafnb.kaf.native")
+    compiled = native.njit
+
+    def nowhere(loops, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compiled(loops, **options)
+
+    monkeypatch.setattr(native, "njit", nowhere)
+    assert native._compiled(lambda x: x + 1)(1) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_float32_rounded(dtype):
     kaf, x = KAF(2, init="relu"), torch.randn(50, 2).to(dtype)
@@ -173,7 +232,7 @@ def test_state_deepcopy_and_autocast():
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 def test_memory_is_not_the_dictionarys(way):
-    """At most 4 activations above the inputs, forward and backward, and eagerly the workspace that a thread keeps."""
+    """At most 4 activations above the inputs, forward and backward."""
     kaf, x = KAF(16, 30), torch.randn(64, 16, 16, 16, requires_grad=True)
     function, g = torch.compile(kaf, fullgraph=True) if way == "compiled" else kaf, torch.randn_like(x)
     step(function, x, g, [kaf.alpha])

@@ -197,7 +197,7 @@ def test_adversarial_training_helps(digits):
     assert rates["fgsm_rs"] > rates["standard"] + 0.2, rates
 
 
-@pytest.mark.parametrize("activation, last", [("relu", True), ("kaf", False)])
+@pytest.mark.parametrize("activation, last", [("relu", True), ("kaf", True), ("kwta", False)])
 def test_in_channels_last_the_same_is_learned(tiny, monkeypatch, activation, last):
     trained, layouts = [], []
     for there in (True, False):

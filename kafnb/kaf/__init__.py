@@ -60,6 +60,8 @@ class KAF(nn.Module):
     -----
     (N, C, *) -> same. float16 and bfloat16 inputs are evaluated in float32 and returned in their own type.
 
+    On a CPU the loops are compiled by numba, at the first call on a machine (some seconds, then kept on disk).
+
     Under ``torch.compile`` on an Intel processor and with 50 points or more, set ``torch.set_flush_denormal(True)``:
     subnormal numbers, which mean nothing here, make it some ten times slower. (In eager mode that is seen to.)
 

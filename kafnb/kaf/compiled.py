@@ -1,10 +1,13 @@
-"""The even-grid mixture for ``torch.compile``: one fused pass forward, the sums backward in one loop."""
+"""The even-grid mixture as operations on whole tensors: what ``torch.compile`` makes one pass forward of, one backward.
+
+Without the compiler they serve where no kernel is (``dispatch``), at the memory of a few dozen activations.
+"""
 
 import math
 
 import torch
 
-from .grid import chunks, parsed
+from .grid import STRIDE, chunks, parsed
 
 
 def _powers(x, chunk, grid):
@@ -20,7 +23,7 @@ def _powers(x, chunk, grid):
     reach = math.sqrt(-2 * log2 * smallest / grid.gamma)
     u = u.clamp(-reach, reach)
     r = torch.exp2(2 * grid.gamma * grid.spacing / log2 * u)
-    low = [e, e * r, e * r * r, e * r * r * r]
+    low = [e, e * r, e * r * r, e * r * r * r]  # STRIDE of them
     link, high = (r * r) * (r * r), {chunk.middle: e}
     for q in range(chunk.middle + 1, chunk.groups):
         high[q] = high[q - 1] * link
@@ -30,30 +33,46 @@ def _powers(x, chunk, grid):
     return u, low, high
 
 
-class _Fused(torch.autograd.Function):
-    """f without loops over blocks or reused memory: the compiler makes one pass of it.
+def forward(x, alpha, grid):
+    """f and df/dx for x (N, C, *), both in alpha's type."""
+    xs, f, slope = x.to(alpha.dtype), 0.0, 0.0
+    # (D, C), by a matrix product: the compiler then reads a ready table, contiguous in the channels, whichever
+    # memory format x has
+    pieces = chunks(grid)
+    weights = [w for chunk in pieces for w in chunk.weights[: chunk.stop - chunk.start]]
+    table = torch.diag(alpha.new_tensor(weights)) @ alpha.t()
+    for chunk in pieces:
+        u, low, high = _powers(xs, chunk, grid)
+        part = moment = 0.0
+        for j in range(chunk.stop - chunk.start):
+            row = table[chunk.start + j].view(-1, *[1] * (x.ndim - 2))
+            term = row * low[j % STRIDE] * high[j // STRIDE]
+            part, moment = part + term, moment + chunk.offsets[j] * term
+        f = f + part
+        slope = slope + 2 * grid.gamma * (grid.spacing * moment - u * part)
+    return f, slope
 
-    The grid comes as text: numbers that differ between two layers would become symbols of the graph, text does not.
+
+def correlation(x, g, grid, dtype):
+    """h_ci = sum over n, * of g k(x, d_i), (C, D), in ``dtype``."""
+    x, g, columns = x.to(dtype), g.to(dtype), []
+    for chunk in chunks(grid):
+        _, low, high = _powers(x, chunk, grid)
+        low = [g * v for v in low]
+        for j in range(chunk.stop - chunk.start):
+            terms = low[j % STRIDE] * high[j // STRIDE]
+            columns.append(terms.sum([d for d in range(x.ndim) if d != 1]) * chunk.weights[j])
+    return torch.stack(columns, 1)
+
+
+class _Fused(torch.autograd.Function):
+    """f for the compiler. The grid comes as text: numbers that differ between two layers would become symbols of the
+    graph, text does not.
     """
 
     @staticmethod
     def forward(x, alpha, text):
-        grid = parsed(text)
-        xs, f, slope = x.to(alpha.dtype), 0.0, 0.0
-        # (D, C), by a matrix product: the compiler then reads a ready table, contiguous in the channels, whichever
-        # memory format x has
-        pieces = chunks(grid, 4)
-        weights = [w for chunk in pieces for w in chunk.weights[: chunk.stop - chunk.start]]
-        table = torch.diag(alpha.new_tensor(weights)) @ alpha.t()
-        for chunk in pieces:
-            u, low, high = _powers(xs, chunk, grid)
-            part = moment = 0.0
-            for j in range(chunk.stop - chunk.start):
-                row = table[chunk.start + j].view(-1, *[1] * (x.ndim - 2))
-                term = row * low[j % 4] * high[j // 4]
-                part, moment = part + term, moment + chunk.offsets[j] * term
-            f = f + part
-            slope = slope + 2 * grid.gamma * (grid.spacing * moment - u * part)
+        f, slope = forward(x, alpha, parsed(text))
         # a cast that does nothing would return f itself, and torch 2.11 then hands zeros to ``backward``
         return f if f.dtype == x.dtype else f.to(x.dtype), slope
 
@@ -69,16 +88,10 @@ class _Fused(torch.autograd.Function):
         dx = (g * slope).to(x.dtype)
         if not ctx.needs_input_grad[1]:
             return dx, None, None
-        # behind the barrier the D sums below are one loop of their own; fused with what stands around them in a
-        # network (batch normalisation's sums), the compiler makes D loops
+        # behind the barrier the D sums are one loop of their own; fused with what stands around them in a network
+        # (batch normalisation's sums), the compiler makes D loops
         x, g = barrier(x.to(alpha.dtype), g.to(alpha.dtype))
-        grid, dims, columns = parsed(ctx.text), [d for d in range(x.ndim) if d != 1], []
-        for chunk in chunks(grid, 4):
-            _, low, high = _powers(x, chunk, grid)
-            low = [g * v for v in low]
-            for j in range(chunk.stop - chunk.start):
-                columns.append((low[j % 4] * high[j // 4]).sum(dims) * chunk.weights[j])
-        return dx, torch.stack(columns, 1), None
+        return dx, correlation(x, g, parsed(ctx.text), alpha.dtype), None
 
 
 @torch.library.custom_op("kafnb::barrier", mutates_args=())

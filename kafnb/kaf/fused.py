@@ -11,13 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import kept
+from .kept import kept
 from .walk import column, keep, layout, like, places, programs, read
-
-
-def usable(x):
-    """float64 stays with the eager evaluation."""
-    return x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit

@@ -11,6 +11,8 @@ The Gaussian closes under differentiation: with h_ci = sum over n, * of g k(x, d
 Two functions that call each other are therefore enough, at the memory of the first derivative.
 """
 
+import inspect
+
 import torch
 
 from . import compiled as grid_compiled
@@ -105,6 +107,10 @@ def _gradients(g, x, alpha, dictionary, gamma, grid, slope, needs):
         moments = h2 - 2 * dictionary * h1 + dictionary**2 * h0
         dgamma = -(alpha * moments).sum(1).sum_to_size(gamma.shape)
     return dx, dalpha if need_alpha else None, dd, dgamma
+
+
+for _function in (_Gaussian, _Correlation):  # PyTorch asks for it at every call; kept, it costs nothing
+    _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
 def gaussian_mixture(x, alpha, dictionary, gamma):

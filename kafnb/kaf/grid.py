@@ -4,14 +4,15 @@ With u = x - c, c the grid's middle, spacing Delta and m = (d - c) / Delta,
 
 .. math:: k(x, d) = e^{-\gamma u^2} r^m w_m, \qquad r = e^{2 \gamma \Delta u}, \quad w_m = e^{-\gamma m^2 \Delta^2}:
 
-two exponentials an element instead of D. Powers up to D - 1 would overflow float32 away from the middle; they are
-products r^(pq) r^s instead, in groups of p points, each factor carrying half of exp(-gamma u^2), which keeps it in
-range. Where that half underflows, some 20 spacings beyond the grid, f is exactly zero. The same arithmetic runs
+two exponentials an element instead of D. Powers up to D - 1 would overflow float32 away from the middle. The same
+arithmetic runs
 
-* eagerly, block by block in the cache (``eager``),
-* under ``torch.compile``, as element-wise operations that the compiler fuses (``compiled``),
-* on CUDA, by Horner's scheme in place of groups, as one Triton kernel forward and one backward (``fused``).
+* on a CPU, as loops that numba compiles (``native``), and on CUDA, as one Triton kernel forward and one backward
+  (``fused``): by Horner's scheme in r above the middle and in 1 / r below it, several middles for many points;
+* under ``torch.compile`` and everywhere else, as element-wise operations on whole tensors (``compiled``): products
+  r^(pq) r^s, in groups of p points, each factor carrying half of exp(-gamma u^2), which keeps it in range.
 
+Where e^(-gamma u^2), or half of it, underflows, f is exactly zero: some 20 spacings from the middle and more.
 A dictionary that is learned has no such structure (``free``, ``fused_free``).
 """
 
@@ -21,7 +22,9 @@ import typing
 
 import torch
 
-from .tiles import kept
+from .kept import kept
+
+STRIDE = 4  # points of a group
 
 
 class Grid(typing.NamedTuple):
@@ -52,8 +55,8 @@ class Chunk(typing.NamedTuple):
     offsets: tuple  # m
 
 
-def chunks(grid, stride):
-    """The dictionary cut into pieces that one centre can serve, in groups of ``stride`` points."""
+def chunks(grid):
+    """The dictionary cut into pieces that one centre can serve, in groups of STRIDE points."""
     # Limits on m with log(max float32) = 88: r^(2m) e^(-gamma u^2 / 2) must not overflow at its peak, and
     # e^(-gamma u^2 / 2) must not underflow while the last point's kernel is above e^-60.
     most = max(1, int(10.8 / math.sqrt(grid.gamma * grid.spacing**2)))
@@ -61,12 +64,12 @@ def chunks(grid, stride):
     edges = [round(i * grid.size / count) for i in range(count + 1)]
     pieces = []
     for a, b in itertools.pairwise(edges):
-        groups = math.ceil((b - a) / stride)
+        groups = math.ceil((b - a) / STRIDE)
         middle = (groups - 1) // 2
-        offsets = [j - stride * middle for j in range(groups * stride)]
+        offsets = [j - STRIDE * middle for j in range(groups * STRIDE)]
         weights = [math.exp(-grid.gamma * (m * grid.spacing) ** 2) for m in offsets[: b - a]]
         weights += [0.0] * (len(offsets) - len(weights))
-        centre = grid.first + (a + stride * middle) * grid.spacing
+        centre = grid.first + (a + STRIDE * middle) * grid.spacing
         pieces.append(Chunk(a, b, groups, middle, centre, tuple(weights), tuple(offsets)))
     return pieces
 

@@ -245,7 +245,7 @@ def package(tmp_path, monkeypatch):
         ("training.py", '"""One training loop', '"""A training loop', [False] * 3),
         ("epoch.py", "# batch statistics", "# the statistics", [False] * 3),
         ("training.py", "step - 0.5", "step - 0.4", [True, False, True]),
-        ("kaf/eager.py", "import torch\n", "import torch\n\nNEW = 1\n", [True] * 3),
+        ("kaf/native.py", "import torch\n", "import torch\n\nNEW = 1\n", [True] * 3),
         ("attacks/balls.py", "SPARSE = 0.01", "SPARSE = 0.02", [True] * 3),
         ("attacks/library.py", "batch_size=250", "batch_size=200", [False, True, True]),
         ("figures.py", "0.6,", "0.7,", [False, False, True]),
