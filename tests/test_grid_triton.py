@@ -55,6 +55,8 @@ def check(device, sizes=SIZES):
                 got = grid_triton.forward(x, alpha, kaf.grid), *grid_triton.gradients(g, x, alpha, kaf.grid)
                 assert all(t.is_contiguous(memory_format=memory_format) for t in got[:2])
                 assert_near(got, wants, ("f", "dx", "dalpha"), rtol, (size, shape, memory_format, dtype))
+                far = (boundary + 30 * kaf.grid.spacing) * torch.ones_like(x).copysign(x)  # there all is nothing
+                assert (grid_triton.forward(far, alpha * 1e30, kaf.grid) == 0).all()
                 alone = grid_triton.gradients(g, x, alpha, kaf.grid, need_alpha=False)
                 assert torch.equal(alone[0], got[1]) and alone[1] is None
 

@@ -126,6 +126,19 @@ def test_what_is_no_number_stays_so_and_infinity_is_beyond_the_tails(trainable):
     assert y[:, 1].isnan().all() and (y[:2, 0] == 0).all() and y[2, 0] != 0
 
 
+@pytest.mark.parametrize("way", ["native", "whole tensors"])
+@pytest.mark.parametrize("size", [5, 20, 50])
+def test_far_away_large_coefficients_are_nothing(monkeypatch, way, size):
+    if way != "native":
+        monkeypatch.setattr(dispatch, "_cpu", lambda: None)
+    kaf = KAF(1, size)
+    far = 3 + kaf.grid.spacing * torch.linspace(35, 1000, 500)
+    kaf.alpha.data.fill_(1e30)
+    x = torch.cat([-far, far])[:, None]
+    y, dx, dalpha = numbers(kaf, x, torch.ones_like(x))
+    assert (y == 0).all() and (dx == 0).all() and (dalpha == 0).all()
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("shape", [(37, 3, 5, 7), (8, 3, 9, 9), (50, 70)])
 def test_threads_and_tasks_on_a_cpu(monkeypatch, shape, trainable):

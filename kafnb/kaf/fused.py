@@ -19,8 +19,8 @@ from .walk import column, keep, layout, like, places, programs, read
 def _powers(x, centre, gamma, kappa, reach):
     """u = x - centre within reach, e = 2^(-gamma u^2), r = 2^(kappa u) and 1 / r."""
     u = x - centre
-    e = tl.exp2(-gamma * u * u)  # zero beyond the reach, where r is held
-    u = tl.minimum(tl.maximum(u, -reach), reach)
+    e = tl.exp2(-gamma * u * u)  # zero beyond the reach: there r^i must not be infinite, nor times a large coefficient
+    u = tl.where(e > 0, tl.minimum(tl.maximum(u, -reach), reach), 0.0)
     return u, e, tl.exp2(kappa * u), tl.exp2(-kappa * u)
 
 

@@ -4,7 +4,7 @@ With u = x - c, c the grid's middle, spacing Delta and m = (d - c) / Delta,
 
 .. math:: k(x, d) = e^{-\gamma u^2} r^m w_m, \qquad r = e^{2 \gamma \Delta u}, \quad w_m = e^{-\gamma m^2 \Delta^2}:
 
-two exponentials an element instead of D. Powers up to D - 1 would overflow float32 away from the middle. The same
+three exponentials an element instead of D. Powers up to D - 1 would overflow float32 away from the middle. The same
 arithmetic runs
 
 * on a CPU, as loops that numba compiles (``native``), and on CUDA, as one Triton kernel forward and one backward

@@ -52,6 +52,7 @@ def _coefficients(degree, dtype):
 _P, _Q = _coefficients(6, np.float32), _coefficients(11, np.float64)
 _SHIFT32, _SHIFT64 = np.float32(1.5 * 2**23), np.float64(1.5 * 2**52)  # added: the nearest integer, in the last places
 _LOW32, _LOW64 = np.float32(-126), np.float64(-1022)
+LEAST = {np.float32: _LOW32, np.float64: _LOW64}
 
 
 def _power32(x):
@@ -97,10 +98,10 @@ def _grid_kernels(half, dtype, want_slope):
     ``x`` and all of its shape are (rows, width) with one channel a column, the same for ``period`` columns on end;
     blocks of one group of ``group`` columns have one table of coefficients.
     """
-    size, zero = 2 * half, dtype(0)
+    size, zero, least = 2 * half, dtype(0), LEAST[dtype]
 
     @_compiled
-    def forward(x, a, f, df, period, group, centres, gamma, kappa, reach, slope, spacing):
+    def forward(x, a, f, df, period, group, centres, gamma, kappa, slope, spacing):
         rows, width = x.shape
         t, tables = np.zeros((3, BLOCK), dtype), np.zeros((len(centres), size, BLOCK), dtype)
         for begin in range(0, width, group):
@@ -120,8 +121,9 @@ def _grid_kernels(half, dtype, want_slope):
                         table = tables[k]
                         for j in range(BLOCK):
                             u = t[0, j] - centres[k]
-                            e = exp2(-gamma * u * u)
-                            u = min(max(u, -reach), reach)
+                            exponent = -gamma * u * u
+                            e = exp2(exponent)
+                            u = u if exponent >= least else zero  # where e is 0, r must not be so large that r^i is inf
                             r, s = exp2(kappa * u), exp2(-kappa * u)
                             above, up, below, down = zero, zero, zero, zero
                             for i in range(half):  # each polynomial p with its derivative: p' <- p' r + p, p <- p r + a
@@ -144,7 +146,7 @@ def _grid_kernels(half, dtype, want_slope):
                             df[n, b + j] = t[2, j]
 
     @_compiled
-    def sums(x, g, h, period, group, centres, gamma, kappa, reach):
+    def sums(x, g, h, period, group, centres, gamma, kappa):
         rows, width = x.shape
         t, totals = np.zeros((2, BLOCK), dtype), np.zeros((len(centres), size, BLOCK), dtype)
         for begin in range(0, width, group):
@@ -160,8 +162,9 @@ def _grid_kernels(half, dtype, want_slope):
                         total = totals[k]
                         for j in range(BLOCK):
                             u = t[0, j] - centres[k]
-                            e = t[1, j] * exp2(-gamma * u * u)
-                            u = min(max(u, -reach), reach)
+                            exponent = -gamma * u * u
+                            e = t[1, j] * exp2(exponent)
+                            u = u if exponent >= least else zero
                             r, s = exp2(kappa * u), exp2(-kappa * u)
                             power = e
                             for i in range(half):
@@ -183,12 +186,10 @@ def _grid_kernels(half, dtype, want_slope):
 def _plan(grid, dtype):
     """Points to each side of a centre, weights of all points, centres, and the numbers of the loops."""
     scale = math.sqrt(grid.gamma) * grid.spacing
-    lowest = -math.log2(np.finfo(dtype).tiny)
-    reach = math.sqrt(lowest * math.log(2) / grid.gamma)
     half = 10 if grid.size > 10 and 2 * scale * math.sqrt(87) * 10 <= 80 else 5  # r^half stays in range
     weights = np.exp(-((scale * (np.arange(2 * half) - half)) ** 2))
     centres = grid.first + grid.spacing * np.arange(half, grid.size + half, 2 * half)
-    numbers = grid.gamma / math.log(2), 2 * grid.gamma * grid.spacing / math.log(2), reach
+    numbers = grid.gamma / math.log(2), 2 * grid.gamma * grid.spacing / math.log(2)
     return half, np.tile(weights.astype(dtype), len(centres)), centres.astype(dtype), tuple(dtype(v) for v in numbers)
 
 
