@@ -171,16 +171,16 @@ def test_without_numba_the_same_in_whole_tensors(monkeypatch, trainable, dtype):
 
 
 def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch):
-    native = pytest.importorskip("kafnb.kaf.native")
-    compiled = native.njit
+    loops = pytest.importorskip("kafnb.kaf.loops")
+    compiled = loops.njit
 
-    def nowhere(loops, cache=False, **options):
+    def nowhere(function, cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
-        return compiled(loops, **options)
+        return compiled(function, **options)
 
-    monkeypatch.setattr(native, "njit", nowhere)
-    assert native._compiled(lambda x: x + 1)(1) == 2
+    monkeypatch.setattr(loops, "njit", nowhere)
+    assert loops._compiled(lambda x: x + 1)(1) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

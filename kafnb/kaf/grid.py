@@ -7,8 +7,8 @@ With u = x - c, c the grid's middle, spacing Delta and m = (d - c) / Delta,
 three exponentials an element instead of D. Powers up to D - 1 would overflow float32 away from the middle. The same
 arithmetic runs
 
-* on a CPU, as loops that numba compiles (``native``), and on CUDA, as one Triton kernel forward and one backward
-  (``fused``): by Horner's scheme in r above the middle and in 1 / r below it, several middles for many points;
+* on a CPU, as loops that numba compiles (``native``, ``loops``), and on CUDA, as one Triton kernel forward and one
+  backward (``fused``): by Horner's scheme in r above the middle and in 1 / r below it, several middles for many points;
 * under ``torch.compile`` and everywhere else, as element-wise operations on whole tensors (``compiled``): products
   r^(pq) r^s, in groups of p points, each factor carrying half of exp(-gamma u^2), which keeps it in range.
 
