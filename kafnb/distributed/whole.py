@@ -68,6 +68,8 @@ class Rows(TorchFunctionMode):
         ):
             return function(*args, **kwargs)
         whole = torch.ones(self.size, *x.shape[1:], dtype=x.dtype, device=x.device)
+        if x.ndim == 4 and not x.is_contiguous():  # numbers are drawn in the order of memory
+            whole = whole.to(memory_format=torch.channels_last)
         if name == "dropout":  # what it does to ones is what to multiply with
             return x * dropout(whole, *args[1:], **kwargs)[self.rows] if _drops(args, kwargs) else x
         drawn = function(whole, *args[1:], **kwargs)[self.rows]
