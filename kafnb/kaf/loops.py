@@ -1,8 +1,7 @@
 """Loops of the CPU's mixtures over blocks of neighbouring elements, which numba compiles to vector instructions.
 
-A tensor comes as a matrix (rows, width) with one channel a column, the same for ``period`` columns on end; the blocks
-of ``group`` columns on end share a table of coefficients. What is compiled is kept on disk by numba, so only the first
-process on a machine waits for it, some seconds.
+A tensor comes as a matrix (rows, width), one channel a column, the same for ``period`` columns on end; the blocks of
+``group`` columns share a table of coefficients. Numba keeps on disk what it compiled, some seconds once a machine.
 """
 
 import functools
@@ -76,11 +75,10 @@ def _exp2(x):
 
 def _compiled(loops):
     """A function of numpy arrays and numbers as machine code, kept on disk where numba finds a place to write."""
-    options = dict(fastmath=ROUND, nogil=True)
     try:
-        return njit(loops, cache=True, **options)
+        return njit(loops, cache=True, fastmath=ROUND, nogil=True)
     except RuntimeError:  # no such place
-        return njit(loops, **options)
+        return njit(loops, fastmath=ROUND, nogil=True)
 
 
 # --- an even grid -----------------------------------------------------------------------------------------------
