@@ -97,6 +97,8 @@ def test_subnormal_numbers_mean_after_a_call_what_they_meant_before(before):
         KAF(2, 100)(x).sum().backward()
         with pytest.raises(RuntimeError):
             grid_mixture(x.detach(), torch.zeros(5, 7), KAF(5, 7).grid)  # fails on the way
+        with pytest.raises(RuntimeError):
+            gaussian_mixture(x.detach(), torch.zeros(5, 7), torch.zeros(1, 7), torch.ones(1))
         assert (torch.full((1,), 1e-45).mul(1.0).item() == 0) == before
     finally:
         torch.set_flush_denormal(False)

@@ -29,8 +29,6 @@ def _plan(grid, dtype):
 
 def forward(x, alpha, grid, want_slope):
     """f and df/dx (None unless wanted), the latter in alpha's type."""
-    if len(alpha) not in (1, x.shape[1]):
-        raise RuntimeError(f"alpha of {len(alpha)} channels, x of {x.shape[1]}")
     dtype = _type(alpha)
     half, weights, centres, numbers = _plan(grid, dtype)
     table = np.zeros((len(alpha), len(weights)), dtype)  # the last points may be beyond the grid
@@ -123,6 +121,8 @@ class _Walk:
 
 def _element_wise(kernel, x, table, dtype, want_slope, rest):
     """f in x's type, df/dx in ``dtype`` (None unless wanted), for coefficients ``table`` (C, points)."""
+    if len(table) not in (1, x.shape[1]):  # the loops would not notice
+        raise RuntimeError(f"alpha of {len(table)} channels, x of {x.shape[1]}")
     walk = _Walk(x, dtype)
     f, slope = torch.empty_like(walk.x), torch.empty_like(walk.x) if want_slope else None
     xs, fs = walk.matrix(walk.x), walk.matrix(f)
