@@ -3,10 +3,30 @@
 Source: Xiao, Zhong, Zheng, "Enhancing adversarial defense by k-winners-take-all", ICLR 2020, arXiv:1905.10510
 """
 
+import numpy as np
 import torch
 from torch import nn
 
 from .checks import number
+
+
+def threshold(x, ratio):
+    """The smallest value that wins in each example, (N, *) -> (N, 1, ...); a constant for the gradient."""
+    flat = x.detach().flatten(1)
+    k = max(1, round(ratio * flat.shape[1]))
+    return _kth_largest(flat, k).view(-1, *[1] * (x.ndim - 1))
+
+
+def _kth_largest(flat, k):
+    at = flat.shape[1] - k
+    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        try:
+            rows = flat.numpy()
+        except RuntimeError:  # inside torch.func, or no data at all
+            pass
+        else:  # 5 to 10 times as quick as torch's search on one thread
+            return torch.from_numpy(np.partition(rows, at, axis=1)[:, at].copy())
+    return flat.kthvalue(at + 1, dim=1).values
 
 
 class KWTA(nn.Module):
@@ -27,11 +47,7 @@ class KWTA(nn.Module):
         self.ratio = number(ratio, "KWTA ratio", above=0, high=1)
 
     def forward(self, x):
-        flat = x.flatten(1)
-        k = max(1, round(self.ratio * flat.shape[1]))
-        # the k-th largest of n is the (n - k + 1)-th smallest; the threshold is a constant for the gradient
-        threshold = flat.detach().kthvalue(flat.shape[1] - k + 1, dim=1).values
-        return torch.where(x >= threshold.view(-1, *[1] * (x.ndim - 1)), x, 0)
+        return torch.where(x >= threshold(x, self.ratio), x, 0)
 
     def extra_repr(self):
         return f"{self.ratio}"

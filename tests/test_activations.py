@@ -111,6 +111,19 @@ def test_kwta_keeps_the_largest_of_each_example():
     assert torch.equal(KWTA(1.0)(x), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_kwta_by_other_ways_is_the_same(dtype):
+    x = torch.randn(5, 3, 4, 4).to(dtype).round(decimals=1)  # equal values among them
+    k, layer = round(0.3 * 48), KWTA(0.3)
+    expected = torch.where(x >= x.flatten(1).kthvalue(48 - k + 1, dim=1).values.view(-1, 1, 1, 1), x, 0)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(torch.vmap(lambda one: layer(one[None])[0])(x), expected)
+    assert torch.equal(torch.func.grad(lambda v: layer(v).square().sum() / 2)(x), expected)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected) and torch.equal(compiled(x[:, :, :, :2]), layer(x[:, :, :, :2]))
+    assert layer(x[:0]).shape == (0, 3, 4, 4) and layer(x.to("meta")).shape == x.shape
+
+
 def test_kwta_does_not_care_about_memory_format():
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(KWTA(0.3)(x), KWTA(0.3)(x.to(memory_format=torch.channels_last)))

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checks import count, instance, number
 from ..kaf import KAF
-from ..kwta import KWTA
+from ..kwta import KWTA, threshold
 from . import _check, logits_and_gradient, pgd
 from .balls import random_delta
 
@@ -56,12 +56,10 @@ class SmoothKWTA(nn.Module):
         self.layer, self.temperature = layer, temperature
 
     def forward(self, x):
-        flat = x.detach().flatten(1)
-        k = max(1, round(self.layer.ratio * flat.shape[1]))
-        threshold = flat.kthvalue(flat.shape[1] - k + 1, dim=1).values.view(-1, *[1] * (x.ndim - 1))
+        least = threshold(x, self.layer.ratio)
         # in units of the layer's own spread, so that one temperature serves all layers
-        spread = flat.std(1).clamp_min(1e-6).view_as(threshold)
-        soft = x * torch.sigmoid((x - threshold) / (self.temperature * spread))
+        spread = x.detach().flatten(1).std(1).clamp_min(1e-6).view_as(least)
+        soft = x * torch.sigmoid((x - least) / (self.temperature * spread))
         return self.layer(x).detach() + soft - soft.detach()
 
 
