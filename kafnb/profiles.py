@@ -110,7 +110,7 @@ PROFILES = {
     "small": Profile(
         "small", data="cifar10", eps=8 / 255, epochs={"mlp": 20, "light_cnn": 20, "vgg": 5, "resnet": 2},
         batch_size=128, lr=0.5,
-        images=1000, steps=50, restarts=2, seeds=1, augment="crop_flip", precision="float32", vgg_lr=_THESIS_VGG,
+        images=1000, steps=50, restarts=2, seeds=3, augment="crop_flip", precision="float32", vgg_lr=_THESIS_VGG,
         adam={"light_cnn": 0.001},
     ),
     "paper": Profile(
