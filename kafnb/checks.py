@@ -123,7 +123,9 @@ def labels(y, n=None, classes=None):
     """Integer labels, one for each of ``n`` images, each below ``classes``."""
     if not isinstance(y, torch.Tensor):
         raise ValueError(f"labels must be a Tensor of one integer an image, got {shown(y)}")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (n is not None and y.shape != (n,)):
+    if y.dtype != torch.int64 and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+        raise ValueError(f"labels must be int64, got {y.dtype}: say y.long()")
+    if y.dtype != torch.int64 or (n is not None and y.shape != (n,)):
         count_text = "" if n is None else f" of {n} images"
         raise ValueError(f"labels must be one integer for each{count_text}, got {y.dtype} of shape {tuple(y.shape)}")
     if y.numel() and (y.min() < 0 or (classes is not None and y.max() >= classes)):

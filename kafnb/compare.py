@@ -22,6 +22,10 @@ def _by_seed(results, metric):
     _check(results, metric)
     chosen = results[results.metric == metric]
     if "seed" in chosen:
+        twice = chosen.duplicated(["activation", "seed"])
+        if twice.any():
+            name, seed = chosen[twice].iloc[0][["activation", "seed"]]
+            raise ValueError(f"two rows of {metric} for {shown(name)}, seed {seed}: one table for each kind of network")
         chosen = chosen.sort_values("seed", kind="stable")
     groups = {name: chosen.correct[chosen.activation == name].tolist() for name in results.activation.unique()}
     for name, correct in groups.items():

@@ -4,18 +4,17 @@ import torch
 from torch import nn
 
 from .attacks import project, random_delta, still
-from .certify.curves import CURVES
 from .checks import count, forward, images, instance, labels, number, radius
-from .kwta import KWTA
+from .lipschitz.units import CONSTANTS
 
 
 def activation_layers(model):
     """The activation modules of a network, in order."""
-    return [m for m in model.modules() if type(m) in CURVES or isinstance(m, KWTA)]
+    return [m for m in model.modules() if type(m) in CONSTANTS and type(m) is not nn.Identity]
 
 
 def features(model, x, layers=None):
-    """Mean and standard deviation of every channel of the given layers, (N, features); differentiable in x."""
+    """(logits, mean and standard deviation of every channel of the given layers (N, features)), differentiable in x."""
     found, layers = [], activation_layers(model) if layers is None else layers
     hooks = [layer.register_forward_hook(lambda m, inputs, output: found.append(output)) for layer in layers]
     try:

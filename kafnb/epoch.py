@@ -5,7 +5,7 @@ import torch
 from . import graphs
 from .data import augment, to_unit
 from .gradients import first_nonfinite
-from .methods import METHODS
+from .methods import METHODS, Autocast
 from .recipe import PRECISIONS
 
 
@@ -20,18 +20,6 @@ def taken(x, y, index, recipe):
     """These of the uint8 images as a float batch, and their labels."""
     batch = to_unit(x[index])
     return (batch if recipe.augment == "none" else augment(batch, recipe.augment)), y[index]
-
-
-class Autocast(torch.nn.Module):
-    """The model with its forward pass in a lower precision; logits in float32."""
-
-    def __init__(self, model, dtype):
-        super().__init__()
-        self.model, self.dtype = model, dtype
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, self.dtype):
-            return self.model(x).float()
 
 
 class Diverged(ArithmeticError):

@@ -86,7 +86,10 @@ def _images(data, n):
 
 
 def predict(model, x, batch_size=None):
-    """Predicted class of each image, int64 (N,), in eval mode without gradients; default as in ``robust_accuracy``."""
+    """Predicted class of each image, int64 (N,), in eval mode without gradients; -1 where logits are NaN.
+
+    ``batch_size``: default as in ``robust_accuracy``.
+    """
     return _answers(model, x, None, batch_size)
 
 
@@ -99,7 +102,7 @@ def _answers(model, x, y, batch_size):
     with still(model), torch.no_grad(), forward(x):
         for batch in x.split(batch_size):
             logits = model(batch.to(device))
-            answers.append(logits.argmax(1).cpu())
+            answers.append(logits.argmax(1).masked_fill(logits.isnan().any(1), -1).cpu())
     if y is not None:
         labels(y, len(x), logits.shape[1])
     return torch.cat(answers)
@@ -168,7 +171,7 @@ def robust_accuracy(
     answer, truth = _answers(model, x, y, batch_size), y.cpu()
     told = truth if labels == "true" else answer
     correct = (answer == truth).numpy()
-    attacked = torch.from_numpy(np.flatnonzero(correct)) if labels == "true" else torch.arange(len(x))
+    attacked = torch.from_numpy(np.flatnonzero(correct if labels == "true" else answer >= 0))
     lower = contextlib.nullcontext()
     if PRECISIONS[precision]:
         lower = torch.autocast(device.type, PRECISIONS[precision])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 from . import attacks
 from .attacks import adaptive
@@ -63,7 +64,7 @@ class Evaluation:
     seed: int = 0
     loss: str = "ce"
     early_stop: bool = False
-    targeted: bool | str = False
+    targeted: typing.Literal[False, "all"] = False
     queries: int = 5000
 
     def __post_init__(self):
@@ -77,8 +78,8 @@ class Evaluation:
             object.__setattr__(self, "eps", radius(self.eps))
         pick(NORMS, self.norm, "norm")
         pick(LOSSES, self.loss, "loss")
-        if self.targeted not in (False, True, "all"):
-            raise ValueError(f"targeted must be False, True or 'all', got {shown(self.targeted)}")
+        if self.targeted not in (False, "all"):  # towards the labels themselves it would be no attack
+            raise ValueError(f"targeted must be False or 'all', got {shown(self.targeted)}")
         if self.labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {self.labels!r}")
 

@@ -24,6 +24,7 @@ from .activations import activation as named_activation
 from .attacks import frozen
 from .kwta import KWTA
 from .meanfield import predict
+from .models import out_of_place
 
 
 def _nodes(equal):
@@ -183,7 +184,7 @@ def measure(model, batch, dtype=None):
         raise ValueError(f"measure needs at least 2 images, and a label each, got {len(x)}")
     checks.labels(y, len(x))
     p = next(model.parameters(), x)
-    model = copy.deepcopy(model).to(dtype=dtype or p.dtype).train()  # batch statistics move in the copy
+    model = out_of_place(copy.deepcopy(model)).to(dtype=dtype or p.dtype).train()  # batch statistics move in the copy
     with torch.random.fork_rng(), torch.enable_grad(), frozen(model), _outputs(_watched(model)) as outputs:
         torch.manual_seed(0)  # of dropout
         with checks.forward(x):

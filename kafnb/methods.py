@@ -19,6 +19,23 @@ from .lipschitz.kaf import kaf_steepest
 from .lipschitz.maps import linear_map, shapes
 
 
+class Autocast(torch.nn.Module):
+    """The model with its forward pass in a lower precision; logits in float32."""
+
+    def __init__(self, model, dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, self.dtype):
+            return self.model(x).float()
+
+
+def _plain(model):
+    """The model itself, without autocast: bounds rounded to 8 bits are none."""
+    return model.model if isinstance(model, Autocast) else model
+
+
 def _learn(model, x, y):
     logits = model(x)
     return logits, F.cross_entropy(logits, y)
@@ -128,8 +145,7 @@ def interval(model, x, y, recipe, state):
     logits, loss = _learn(model, x, y)
     if ramp > 0:
         eps = ramp * recipe.eps
-        net = getattr(model, "model", model)  # without autocast: bounds rounded to 8 bits are none
-        low, high = interval_bounds(net, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1), pieces=8)
+        low, high = interval_bounds(_plain(model), (x - eps).clamp(0, 1), (x + eps).clamp(0, 1), pieces=8)
         worst = torch.where(F.one_hot(y, low.shape[1]).bool(), low, high)
         loss = kappa * loss + (1 - kappa) * F.cross_entropy(worst, y)
     yield logits, loss
@@ -150,7 +166,7 @@ def lipschitz(model, x, y, recipe, state):
     where the last batch left them, KAFs' slopes on a grid. (Cf. arXiv:1705.10941, which penalises squared norms, and
     arXiv:1802.04034, which penalises the product through the margin.)
     """
-    net = getattr(model, "model", model)  # without autocast
+    net = _plain(model)
     if "shapes" not in state:
         state["shapes"] = shapes(net, x)
 

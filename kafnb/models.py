@@ -221,6 +221,14 @@ def resnet(depth, activation="relu", block="thesis", in_channels=3, num_classes=
     return model
 
 
+def out_of_place(model):
+    """The model itself, changed so that no layer overwrites its input."""
+    for m in model.modules():
+        if getattr(m, "inplace", False):
+            m.inplace = False
+    return model
+
+
 # these work on any memory layout
 ANY_LAYOUT = (
     nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout,

@@ -37,7 +37,7 @@ PROGRAMME = {
     "15_adaptive_attacks": ("6", "Adaptive attacks"),
     "16_kernels_and_scale": ("6", "Kernels and scale"),
     "17_errata": ("all", "Errata, measured"),
-    "18_conclusions": ("7", "Conclusions: every claim and its verdict"),
+    "18_conclusions": ("7", "Conclusions: the claims and their verdicts"),
 }
 
 

@@ -76,7 +76,7 @@ class SAF(nn.Module):
         v = torch.cat([2 * v[:, :1] - v[:, 1:2], v, 2 * v[:, -1:] - v[:, -2:-1]], dim=1)  # (C, points + 2)
         inside = x.clamp(-self.boundary, self.boundary)
         position = (inside + self.boundary) / spacing
-        index = position.detach().floor().clamp(0, points - 2)
+        index = position.detach().nan_to_num().floor().clamp(0, points - 2)  # NaN stays in t
         t = position - index
         offset = _shaped(torch.arange(channels, device=x.device) * (points + 2), x)
         flat = (index.long() + offset).expand(x.shape)

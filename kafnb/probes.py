@@ -56,9 +56,12 @@ def capture(model, layers, where="after"):
     if missing := [n for n in layers if n not in modules]:
         raise ValueError(f"the model has no layer {missing[0]!r}: model.named_modules() tells their names")
 
+    in_place = any(getattr(m, "inplace", False) for m in modules.values())  # a later layer may overwrite it
+
     def note(name):
         def hook(module, inputs, output=None):
-            found[name] = inputs[0] if where == "before" else output
+            value = inputs[0] if where == "before" else output
+            found[name] = value.clone() if in_place else value
 
         return hook
 

@@ -75,7 +75,7 @@ class Recipe:
     def __post_init__(self):
         rates = [number(v, "lr") for v in instance(self.lr, list | tuple, "lr", ": (low, high)")]
         object.__setattr__(self, "lr", tuple(float(v) for v in rates))
-        for field, low in dict(epochs=0, batch_size=1, steps=1, replays=1, track=0, watch=0).items():
+        for field, low in dict(epochs=0, batch_size=2, steps=1, replays=1, track=0, watch=0).items():
             object.__setattr__(self, field, count(getattr(self, field), field, low))
         for field, low in dict(momentum=0, eps=0, l2=0, step_size=0, strength=0, clip=0).items():
             optional = field not in ("momentum", "eps")

@@ -127,10 +127,14 @@ def _stored(folder, name, labels, truth, origin):
     return Score(correct.astype(bool), labels)
 
 
+def _evaluations_code():
+    return code_fingerprint("data", "evaluations", "models")
+
+
 def _score(folder, evaluation, model, data):
     name = evaluation_file(evaluation)
     labels = "none" if evaluation.attack == "none" else evaluation.labels
-    code = code_fingerprint("data", "evaluations", "models")
+    code = _evaluations_code()
     origin = {"code": code, "weights": folder.digest("weights.safetensors")}
     if score := _stored(folder, name, labels, data.y_test[: evaluation.n], origin):
         return score
@@ -159,13 +163,17 @@ def measure(experiment, evaluations, *, store, data_root=None, device="cpu", pro
 
 
 def measured(experiment, evaluations, store, data_root):
-    """True if ``measure`` would only read."""
+    """True if ``measure`` would only read, and need not wait for another process."""
     folder, data = Folder(store / experiment.name), load_data(experiment.data, data_root)
-    if not folder.path.is_dir():
+    if not folder.path.is_dir() or folder.busy():
         return False
     files = [evaluation_file(e) for e in (CLEAN, *evaluations)]
     with folder.lock():
         if not (all(map(folder.has, files)) and finished_in(folder, data, weights_code(experiment))):
             return False
-        weights = folder.digest("weights.safetensors")
-        return all(folder.read_comment(name).get("weights", weights) == weights for name in files)
+        weights, code = folder.digest("weights.safetensors"), _evaluations_code()
+        made = {name: folder.read_comment(name) for name in files}
+        return all(
+            m.get("weights", weights) == weights and folder.by_this_code(name, m.get("code"), code)
+            for name, m in made.items()
+        )

@@ -69,7 +69,7 @@ def results(profile):
             size = f"{data}, n = {table[table.labels == 'none'].n.iloc[0]}, attacked {n}"
             seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
             block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
-            epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {PROFILES['paper'].epochs[model]})"
+            epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {thesis.EPOCHS[model]})"
             head = f"{title}, {epochs}, {block}{attack.split(' (')[0]}, {size}, {seeds}"
             parts.append(f"{head}:\n\n{_markdown(scores(table, said))}")
     if (folder / "14_resnet20_evaluation_race.csv").exists():
@@ -79,7 +79,7 @@ def results(profile):
         verdicts = pd.read_csv(folder / "18_conclusions_claims.csv").verdict.value_counts()
         words = ", ".join(f"{verdict} {n}" for verdict, n in verdicts.items())
         parts.append(
-            f"The {verdicts.sum()} differences between activations in the thesis that can be made here (18): {words}.\n"
+            f"Of {verdicts.sum()} differences between activations in the thesis that are compared here (18): {words}.\n"
         )
     return f"### Profile `{profile}`\n\n" + "\n".join(parts) if parts else ""
 

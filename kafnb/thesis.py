@@ -27,6 +27,7 @@ RESNET20 = {  # section 5.3
     "kaf_swish": (_NONE, _NONE, 79.21, 52.10),
     "kaf_free": (_NONE, _NONE, 78.88, 52.07),
 }
+EPOCHS = {"light_cnn": "20; k-WTA 50", "vgg": "60", "resnet": "80, then 20 at falling rates"}
 LIGHT_CNN = {"relu": (76.3, 11.2), "kwta": (67.3, 13.2), "kaf": (68.9, 15.7)}  # chapter 4, 1,000 images
 
 

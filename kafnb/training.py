@@ -200,3 +200,5 @@ def range_test(model, data, recipe, *, low=1e-4, high=10.0, steps=100, seed=0, d
                 best = min(best, smooth)
                 if len(rows) == steps or not smooth < 4 * best:
                     return pd.DataFrame(rows)
+            if not rows:
+                raise ValueError("a range test needs at least 2 training images")

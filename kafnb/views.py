@@ -156,7 +156,11 @@ class KwtaLine(View):
 
 
 class LossSurface(View):
-    """The loss around an image, over the sign of its gradient and a random corner, and along the first of them."""
+    """The loss around an image, over the sign of its gradient and a random corner, and along the first of them.
+
+    The two directions share pixels, so that at (u, v) a pixel changes by up to (|u| + |v|) ``radius``: the square is
+    larger than the L-inf ball of that radius, of which the dashed diamond is the cut.
+    """
 
     def __init__(self, models, data, n=64, cells=13):
         super().__init__(2, size=(8, 3.4))
@@ -164,8 +168,10 @@ class LossSurface(View):
         device = next(next(iter(models.values())).parameters()).device
         self.x, self.y = (t.to(device) for t in data.test(n))
         self.s = torch.linspace(-1, 1, cells, device=device)
+        self.inside = self.s.abs() + self.s.abs()[:, None] <= 1 + 1e-5  # (cells, cells): in the ball
         self.picture = self.axes[0].imshow(np.zeros((cells, cells)), origin="lower", cmap="viridis", aspect="auto")
         self.bar = self.figure.colorbar(self.picture, ax=self.axes[0], label="loss")
+        (self.diamond,) = self.axes[0].plot([], [], "w--", linewidth=1)
         self.axes[0].grid(False)
         (self.cut,) = self.axes[1].plot([], [], color="#0072B2")
         self.axes[0].set(xlabel="along the gradient's sign", ylabel="along a random corner")
@@ -183,13 +189,17 @@ class LossSurface(View):
             with torch.no_grad():
                 logits = net(square.flatten(0, 1))
         z = F.cross_entropy(logits, y.expand(len(logits)), reduction="none").view(len(self.s), -1).cpu().numpy()
-        self.wrong = float((logits.argmax(1) != y).float().mean())
-        self.picture.set(data=z, extent=[-radius, radius, -radius, radius])
+        wrong = (logits.argmax(1) != y).view_as(self.inside)
+        self.wrong, self.wrong_inside = float(wrong.float().mean()), float(wrong[self.inside].float().mean())
+        edge = radius * (1 + 1 / (len(self.s) - 1))  # half a cell more: the outer cells' centres lie at the radius
+        self.picture.set(data=z, extent=[-edge, edge, -edge, edge])
+        self.diamond.set_data(radius * np.array([1, 0, -1, 0, 1]), radius * np.array([0, 1, 0, -1, 0]))
         self.picture.set_clim(z.min(), max(z.max(), z.min() + 1e-6))
         s = radius * self.s.cpu().numpy()
         self.cut.set_data(s, z[len(s) // 2])
-        self.axes[0].set(title=f"{model}: a {self.classes[y]}, wrong on {100 * self.wrong:.0f} %",
-                         xlim=(-radius, radius), ylim=(-radius, radius))  # fmt: skip
+        shares = f"wrong on {100 * self.wrong_inside:.0f} % of the diamond, {100 * self.wrong:.0f} % of the square"
+        self.axes[0].set(xlim=(-edge, edge), ylim=(-edge, edge))
+        self.axes[0].set_title(f"{model}: a {self.classes[y]},\n{shares}", fontsize=9)
         self.axes[1].set_title(f"At 0: {z[len(s) // 2, len(s) // 2]:.3g}, largest {z.max():.3g}")
         _rescale(self.axes[1])
         self.numbers = pd.DataFrame(z, index=s, columns=[f"{v:.4g}" for v in s]).rename_axis("corner").reset_index()

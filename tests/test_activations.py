@@ -151,3 +151,7 @@ def test_kafs_of_other_kernels_by_name():
         activation("unit:gausian", 3)
     with pytest.raises(ValueError, match="'elo'"):
         activation("elo:gaussian", 3)
+
+
+def test_saf_hands_nan_on():
+    assert SAF(2)(torch.tensor([[math.nan, 0.5]])).isnan().tolist() == [[True, False]]

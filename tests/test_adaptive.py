@@ -126,8 +126,8 @@ class Steps(Noisy):
         return self.model((x * 4).round() / 4)
 
 
-def findings(model, digits, source=None):
-    report = checklist.checklist(model, digits, eps=0.1, source=source, n=50, steps=10, queries=100)
+def findings(model, digits, source=None, n=50):
+    report = checklist.checklist(model, digits, eps=0.1, source=source, n=n, steps=10, queries=100)
     assert list(report.columns) == ["check", "value", "limit", "finding", "explanation"]
     assert (report.finding == (report.value > report.limit)).all() and report.explanation.str.len().min() > 20
     return set(report.check[report.finding])
@@ -141,7 +141,23 @@ def test_checklist_passes_the_sound_and_finds_each_kind(digit_nets, digits):
     assert "randomness" in findings(Noisy(swish), digits)
     hidden = findings(Steps(swish), digits, relu)
     assert {"images without gradient", "zeros in the gradient", "transfer beats white box"} <= hidden
-    assert findings(digit_nets["kwta"], digits, relu)
+    assert "more restarts help" in findings(digit_nets["kwta"], digits, relu, n=200)
+
+
+def test_one_image_is_no_finding():
+    for n in (20, 40, 100, 150, 400, 1000):
+        limit = checklist._limit("more restarts help", n)
+        fewest = int(checklist.TOLERANCE * n) + 1
+        assert not fewest / n > limit and (fewest + 1) / n > limit
+    assert checklist._limit("randomness", 40) == checklist.LIMITS["randomness"]  # no share of images
+
+
+def test_mismatch_holds_a_gradient_against_the_loss(net, images):
+    x, y = images
+    g = attacks.input_gradient(net, x, y)
+    assert checklist.mismatch(net, x, y, g, step=1e-4) == 0
+    assert checklist.mismatch(net, x, y, 3 * g, step=1e-4) == checklist.mismatch(net, x, y, -g, step=1e-4) == 1
+    assert checklist.mismatch(net, x[:0], y[:0], g[:0]) == 0
 
 
 def test_checklist_leaves_no_trace(digit_nets, digits):
@@ -220,3 +236,22 @@ def test_frozen_start_uses_the_same_delta_in_every_batch(images):
     for _ in range(2):
         list(errata.frozen_start(Spy(), x, y, recipe, {}))
     assert torch.equal(seen[0], seen[2]) and (seen[0] - x).abs().max() <= 0.1 + 1e-6 and seen[0].std() > 0.01
+
+
+def test_gradients_that_round_to_zero_in_float32_still_lead_somewhere():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False), kafnb.KAF(2, init="unit"))
+    net[1].weight.data = torch.tensor([[4.0, 4, 4, 4], [3.9, 4, 4, 4]])
+    x, y = torch.full((1, 1, 2, 2), 0.75), torch.tensor([0])  # far beyond the dictionary
+    assert (attacks.input_gradient(net, x, y) == 0).all()
+    _, g = adaptive.in_double(net)(net, x, lambda logits: (logits[:, 1] - logits[:, 0]).sum())
+    assert g.abs().max() == 1
+    moved = adaptive.double(net, x, y, eps=0.1, steps=4, random_start=False, loss="margin")
+    assert (moved - x).abs().max() > 0.05
+
+
+def test_a_layer_that_stands_twice_is_swapped_twice():
+    layer = kafnb.KWTA(0.5)
+    net = adaptive.swapped(
+        nn.Sequential(layer, nn.Identity(), layer), kafnb.KWTA, lambda m: adaptive.SmoothKWTA(m, 0.2)
+    )
+    assert [type(m) for m in net] == [adaptive.SmoothKWTA, nn.Identity, adaptive.SmoothKWTA]

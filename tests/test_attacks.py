@@ -303,3 +303,16 @@ def test_a_surrogate_leads_and_the_model_judges(images):
     assert torch.allclose(adv, attacks.pgd(other, x, y, **options))
     stopped = attacks.pgd(model, x, y, surrogate=other, early_stop=True, **options)
     assert ((model(stopped).argmax(1) != y) >= (model(adv).argmax(1) != y)).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-13, 1e-20, 1e-37])
+def test_an_l2_step_has_length_one_however_small_the_gradient(scale):
+    g = scale * torch.randn(3, 1, 8, 8)
+    step = attacks.steepest(g, "l2")
+    assert torch.allclose(step.flatten(1).norm(dim=1), torch.ones(3), atol=1e-5)
+    assert (attacks.steepest(torch.zeros(1, 4), "l2") == 0).all()
+
+
+def test_labels_of_another_integer_type_are_refused_in_one_line(net, images):
+    with pytest.raises(ValueError, match=r"int64.*long\(\)"):
+        attacks.pgd(net, images[0], images[1].int(), eps=0.1)

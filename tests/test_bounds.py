@@ -1,5 +1,6 @@
 """Bounds hold what they promise: against 10,000 random points a layer, corner points, and exact answers."""
 
+import copy
 import itertools
 import math
 
@@ -313,3 +314,45 @@ def test_smoothing_leaves_generators_and_modes(digits):
     )
     assert votes.sum() == 100 and model.training and torch.equal(model[1].running_mean, statistics)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_in_place_change_no_bound():
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 20), nn.ELU(), nn.Linear(20, 4)
+    ).double()
+    in_place = copy.deepcopy(plain)
+    in_place[2].inplace = in_place[4].inplace = True
+    low = torch.rand(6, 1, 4, 4, dtype=torch.float64) * 0.8
+    for bound in (certify.interval_bounds, certify.crown_bounds):
+        assert all(map(torch.equal, bound(plain, low, low + 0.2), bound(in_place, low, low + 0.2)))
+    assert in_place[2].inplace
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MaxPool2d(2, dilation=2),
+        nn.BatchNorm2d(3, track_running_stats=False),
+        nn.GELU("tanh"),
+        nn.Softplus(threshold=1),
+    ],
+)
+def test_layers_without_a_sound_rule_are_refused(layer):
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), layer, nn.Flatten(), nn.LazyLinear(2)).double().eval()
+    x = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+    net(x)
+    with pytest.raises(ValueError, match="bounds"):
+        certify.interval_bounds(net, x, x)
+
+
+def test_batch_normalisation_without_weights():
+    net = (
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.LazyLinear(2))
+        .double()
+        .eval()
+    )
+    x = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    expected = net(x)
+    low, high = certify.interval_bounds(net, x, x)
+    assert torch.allclose(low, expected) and torch.allclose(high, expected)

@@ -133,3 +133,8 @@ def test_thesis_tables():
     vgg, resnet = thesis.table(thesis.VGG), thesis.table(thesis.RESNET20)
     assert len(vgg) == 7 and len(resnet) == 8
     assert ((vgg["PGD-50-10 %"] < vgg["clean %"]) & (vgg["lr low"] < vgg["lr high"])).all()
+
+
+def test_rows_of_two_kinds_of_network_are_not_taken_for_seeds(results):
+    with pytest.raises(ValueError, match="two rows of x for 'a', seed 0"):
+        compare.rates(pd.concat([results, results]))

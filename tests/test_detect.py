@@ -61,3 +61,9 @@ def test_model_is_left_as_it_was(fooled):
     detect.joint_attack(detector, x[:4], y[:4], eps=0.05, steps=2)
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     model.eval()
+
+
+@pytest.mark.parametrize("name", ["srelu", "maxout", "apl", "kwta"])
+def test_every_activation_has_features(name):
+    model, x = kafnb.models.mlp(name, hidden=(8, 6)), torch.rand(3, 1, 8, 8)
+    assert [len(v) for v in detect.features(model, x)] == [3, 3] and detect.features(model, x)[1].shape[1] == 14

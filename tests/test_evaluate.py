@@ -134,3 +134,18 @@ def test_progress_shows_the_running_accuracy(digits, capsys):
     assert "accuracy=" in capsys.readouterr().err
     evaluate.robust_accuracy(models.mlp(), digits, functools.partial(attacks.fgsm, eps=0.1), n=40)
     assert capsys.readouterr().err == ""
+
+
+def test_an_image_whose_logits_are_nan_is_wrong():
+    model = Table([0.0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    x, y = torch.arange(10).view(10, 1, 1, 1) / 10, torch.arange(10)
+
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            logits = model(x)
+            return logits.masked_fill(logits.argmax(1, keepdim=True) == 0, torch.nan)
+
+    assert evaluate.predict(Broken(), x)[0] == -1
+    for labels in ("true", "predicted"):
+        score = evaluate.robust_accuracy(Broken(), (x, y), lambda model, x, y: x, labels)
+        assert score.correct.tolist() == [False] + [True] * 9

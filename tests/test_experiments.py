@@ -244,3 +244,16 @@ def test_evaluations_by_every_attack_and_unchanged_keys(store):
     assert (table.rate.iloc[1:] <= table.correct[0][:20].mean()).all() and len(table) == 7
     with pytest.raises(ValueError, match="did you mean 'square'"):
         Evaluation("sqare")
+
+
+def test_what_another_process_is_at_is_not_waited_for(store):
+    experiments.run(MLP, [PGD], store=store)
+    with ThreadPoolExecutor(1) as pool, Folder(folder_of(store)).lock():
+        read = pool.submit(experiments.run, MLP, [PGD], store=store, stored=True)
+        with pytest.raises(FileNotFoundError, match="none of these experiments"):
+            read.result(timeout=30)
+
+
+def test_an_attack_towards_the_truth_is_no_evaluation():
+    with pytest.raises(ValueError, match="targeted must be False or 'all'"):
+        Evaluation("pgd", targeted=True)

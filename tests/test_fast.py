@@ -128,3 +128,15 @@ def test_pgd_with_and_without_it():
     assert ((adv[0] - adv[1]).abs() > 1e-4).float().mean() < 0.01
     assert (model(adv[0]).argmax(1) == model(adv[1]).argmax(1)).float().mean() > 0.96
     assert not any(m.inplace for m in models.light_cnn("relu").modules() if isinstance(m, nn.ReLU))
+
+
+def test_a_layer_in_two_places_is_not_folded_twice():
+    conv, other = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+    tied = nn.Conv2d(2, 2, 3, padding=1)
+    tied.weight = conv.weight
+    for second in (conv, tied):
+        net = nn.Sequential(conv, nn.BatchNorm2d(2), nn.ReLU(), second, nn.BatchNorm2d(2), nn.Flatten())
+        assert twin(trained_like(net)) is net
+    net = trained_like(nn.Sequential(conv, nn.BatchNorm2d(2), nn.ReLU(), other, nn.BatchNorm2d(2), nn.Flatten()))
+    x = torch.rand(2, 2, 5, 5)
+    assert twin(net) is not net and torch.allclose(twin(net)(x), net(x), atol=1e-5)

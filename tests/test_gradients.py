@@ -199,3 +199,12 @@ def test_clip_bounds_the_step(tiny):
         fit(model, one_step, Recipe(epochs=1, batch_size=32, lr=(0, 1.0), peak=0.5, clip=clip))
         moved.append((torch.nn.utils.parameters_to_vector(model.parameters()) - before).norm().item())
     assert moved[1] <= 1e-3 * 1.001 < moved[0]
+
+
+def test_layers_in_place_are_measured_as_others():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    batch = torch.rand(4, 1, 8, 8), torch.arange(4)
+    expected = gradients.measure(net, batch)
+    net[2].inplace = True
+    assert gradients.measure(net, batch) == expected

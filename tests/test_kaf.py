@@ -455,3 +455,9 @@ def test_export():
     kaf, x = KAF(4), torch.randn(3, 4, 5)
     program = torch.export.export(kaf, (x,))
     assert torch.allclose(program.module()(x), kaf(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_nan_stays_nan_whatever_its_bits(free):
+    x = torch.tensor([0x7FC00000, 0x7FC00001, 0x7F800001], dtype=torch.int32).view(torch.float32).expand(4, 3).T
+    assert x.isnan().all() and KAF(4, trainable_dictionary=free)(x.contiguous()).isnan().all()

@@ -417,3 +417,40 @@ def test_nothing_is_left_behind(digits_batch):
     assert [p.requires_grad for p in model.parameters()].count(False) == 1 and not model[1].weight.requires_grad
     assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_local_bound_with_layers_in_place_and_without_running_statistics():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)).eval()
+    x, y = torch.rand(2, 1, 6, 6), torch.tensor([0, 3])
+    net(x)
+    expected = lipschitz.local_bound(net, x, y, eps=0.05)
+    net[2].inplace = True
+    assert torch.equal(lipschitz.local_bound(net, x, y, eps=0.05), expected) and net[2].inplace
+    net[1] = nn.BatchNorm2d(3, track_running_stats=False)
+    with pytest.raises(ValueError, match="running statistics"):
+        lipschitz.local_bound(net, x, y, eps=0.05)
+
+
+def test_what_has_no_rule_is_refused_rather_than_bounded_wrongly():
+    class Tenfold(nn.Sequential):
+        def forward(self, x):
+            return 10 * super().forward(x)
+
+    x = torch.rand(2, 1, 6, 6)
+    for layer in (Tenfold(nn.Flatten(), nn.Linear(36, 3)), nn.MaxPool2d(2, dilation=2), nn.GELU("tanh")):
+        with pytest.raises(ValueError, match=r"rule|GELU"):
+            lipschitz.network_bound(nn.Sequential(layer), x)
+
+
+def test_an_elu_that_turns_at_zero():
+    low = torch.tensor([[-1.0]], dtype=torch.float64)
+    assert ranges(nn.ELU(-1.0), low, -low)[0].item() == 0
+
+
+def test_the_gradient_of_an_l1_ball_is_measured_by_its_largest_entry():
+    net, x, y = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.rand(1, 1, 2, 2), torch.tensor([0])
+    w = net[1].weight.detach()
+    assert lipschitz.gradient_norms(net, x, y, norm="l1")[0, 1].item() == pytest.approx(
+        (w[0] - w[1]).abs().max().item()
+    )

@@ -211,3 +211,22 @@ def test_fit_lowers_the_ratio_and_puts_it_back(tiny):
     assert [m.ratio for m in model.modules() if hasattr(m, "ratio")] == [0.15, 0.15]
     with pytest.raises(ValueError, match="kwta_start"):
         Recipe(kwta_start=1.5)
+
+
+def test_a_batch_of_one_is_refused():
+    with pytest.raises(ValueError, match="batch_size must be >= 2"):
+        Recipe(batch_size=1)
+
+
+def test_interval_training_bounds_the_model_that_it_trains(tiny):
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.gain = models.mlp("relu", hidden=(8,)), torch.nn.Linear(10, 10)
+
+        def forward(self, x):
+            return self.gain(self.model(x))
+
+    net, (x, y) = Scaled(), tiny.test(8)
+    logits, loss = next(METHODS["interval"](net, x, y, Recipe("interval", eps=0.0), {"progress": 1.0}))
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-4)

@@ -175,3 +175,11 @@ def test_bad_calls_get_one_line(net, call):
     with pytest.raises(ValueError) as error:
         call(net)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_later_layer_overwrites_is_captured_as_it_was():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(5, 4)
+    with probes.capture(net, ["0"]) as after, probes.capture(net, ["1"], "before") as before:
+        net(x)
+    assert torch.equal(after["0"], net[0](x)) and torch.equal(before["1"], net[0](x))

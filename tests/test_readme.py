@@ -76,7 +76,7 @@ def test_what_is_said_of_the_collapse_is_in_the_table():
 
 
 def test_what_is_said_of_the_80_epochs_is_in_the_table():
-    """README and notebooks 14 and 18: profile paper, as far as a GPU has filled it."""
+    """README and notebook 14: profile paper, as far as a GPU has filled it."""
     folder = home() / "figures" / "paper"
     table = pd.read_csv(folder / "14_resnet20_evaluation_blocks.csv")
     table = table[table.case.str.endswith("thesis' block")]
@@ -86,7 +86,11 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
     rates = 100 * table.pivot(index="activation", columns="metric", values="rate")
     pgd, fgsm, fallen = rates["PGD-50-10 (true labels)"], rates["FGSM (true labels)"], ["relu", "swish", "kaf_elu"]
     assert (pgd[fallen] == 0).all() and (fgsm[fallen] > 38).all() and (pgd[["elu", "kaf"]] > 35).all()
-    assert abs(pgd["elu"] - pgd["kaf"]) < 1
+    assert abs(pgd["elu"] - pgd["kaf"]) < 1 and abs(rates.clean["elu"] - rates.clean["kaf"]) < 1
+    assert thesis.RESNET20["kaf"][-2] - thesis.RESNET20["elu"][-2] > 2 and "clean by more than two points" in README
+    scores = pd.read_csv(folder / "14_resnet20_evaluation_scatter.csv")
+    auto = scores[scores.metric.str.startswith("AutoAttack")].set_index("activation")
+    assert auto.low["kaf"] < auto.high["elu"] and set(auto.n) == {1000}
     told = 100 * pd.read_csv(folder / "14_resnet20_evaluation_protocols.csv").set_index("activation")
     told = told["PGD-50-10 (predicted labels)"]
     assert abs(told["elu"] - thesis.RESNET20["elu"][-1]) < 3 and 9 < told["elu"] - pgd["elu"] < 12

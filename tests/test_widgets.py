@@ -79,6 +79,25 @@ def test_a_loss_surface_has_the_image_in_its_middle(nets, digits):
     assert view.table().iloc[6, 7] == pytest.approx(want, rel=1e-4)
 
 
+def test_the_diamond_of_a_loss_surface_is_the_ball(nets, digits):
+    view = views.LossSurface(nets, digits, cells=9)
+    net, radius = nets["relu"], 0.3
+    view.update("relu", image=3, radius=radius, corner=2)
+    x, y = (t[3:4] for t in digits.test(4))
+    first = kafnb.attacks.input_gradient(net, x, y).sign()
+    second = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).sign()
+    s = torch.linspace(-radius, radius, 9)
+    change = s[:, None, None, None, None] * second + s[:, None, None, None] * first  # (rows, columns, C, H, W)
+    inside = change.flatten(2).abs().amax(2) <= radius + 1e-6
+    assert torch.equal(view.inside.cpu(), inside) and inside.sum() == 41
+    said = net((x + change.flatten(0, 1)).clamp(0, 1)).argmax(1).view(9, 9)
+    assert view.wrong_inside == pytest.approx((said != y)[inside].float().mean().item())
+    assert view.wrong == pytest.approx((said != y).float().mean().item())
+    # each pixel of the picture is centred on its value of s
+    left, right, low, high = view.picture.get_extent()
+    assert left + (right - left) / 18 == pytest.approx(-radius) and (low, high) == (left, right)
+
+
 def test_growth_is_that_of_the_closed_form():
     view = views.GradientGrowth()
     view.update()

@@ -22,7 +22,7 @@ def swapped(model, kind, make):
     if isinstance(model, kind):
         return make(model)
     out = copy.deepcopy(model)
-    for name, child in list(out.named_modules()):
+    for name, child in list(out.named_modules(remove_duplicate=False)):
         if isinstance(child, kind):
             parent = out.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], make(child))
@@ -89,15 +89,19 @@ def kwta_both(model, x, y, *, eps, temperature=0.2, draws=4, radius=None, **opti
 # --- KAF ---------------------------------------------------------------------------------------------------------
 
 
-class Double(nn.Module):
-    """The model in float64, for gradients that neither underflow nor round to zero."""
+def in_double(model):
+    """A gradient for ``pgd``: the model's in float64, that of each image divided by its largest entry.
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = copy.deepcopy(model).double()
+    What rounds to zero in float32, within the network or as a gradient of 1e-60, is there.
+    """
+    net = copy.deepcopy(model).double().requires_grad_(False).eval()
 
-    def forward(self, x):
-        return self.model(x.double())
+    def gradient(model, x, objective):
+        logits, g = logits_and_gradient(net, x.double(), objective)
+        largest = g.flatten(1).abs().amax(1).clamp_min(torch.finfo(g.dtype).tiny)
+        return logits.to(x.dtype), (g / largest.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+
+    return gradient
 
 
 class OpenTails(nn.Module):
@@ -148,7 +152,7 @@ class _Annealed:
 def double(model, x, y, *, eps, **options):
     """PGD with gradients in float64."""
     _check(model, x, y, eps, "linf")
-    return pgd(model, x, y, eps=eps, surrogate=Double(model), **options)
+    return pgd(model, x, y, eps=eps, gradient=in_double(model), **options)
 
 
 def kaf_tails(model, x, y, *, eps, reach=1.0, **options):

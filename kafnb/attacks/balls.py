@@ -81,6 +81,8 @@ def steepest(gradient, norm="linf"):
     if norm == "linf":
         return gradient.sign()
     if norm == "l2":
+        largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient = gradient / largest.view(-1, *[1] * (gradient.ndim - 1))  # or the squares of a small one would vanish
         return gradient / _length(gradient).clamp_min(1e-12)
     flat = gradient.flatten(1)
     k = max(1, round(SPARSE * flat.shape[1]))

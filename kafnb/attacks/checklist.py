@@ -20,6 +20,7 @@ from .losses import cross_entropy
 
 TOLERANCE = 0.02  # share of images by which one attack may beat a stronger one before it is a finding
 LIMITS = {"softmax outputs": 0.0, "randomness": 1e-4, "zeros in the gradient": 0.1, "gradient against differences": 0.1}
+NO_IMAGES = {"softmax outputs", "randomness", "zeros in the gradient"}  # all others are shares of images
 
 EXPLANATIONS = {
     "softmax outputs": "Outputs in [0, 1] that sum to 1 are probabilities; losses on them saturate. Attack the logits.",
@@ -27,7 +28,8 @@ EXPLANATIONS = {
     "images without gradient": "Share of images whose input gradient is exactly zero: no gradient attack moves them.",
     "zeros in the gradient": "Share of gradient entries that are exactly zero: underflow or dead units block the way.",
     "gradient against differences": "Share of images on which a small step along the gradient changes the loss by less "
-    "than half or more than twice what the gradient says: it describes another function.",
+    "than half or more than twice what the gradient says: the gradient is another function's, or the loss is too "
+    "coarse for small differences.",
     "one step beats many": "Share of images that one step breaks and many do not; many include the one.",
     "transfer beats white box": "Share that falls to another network's adversarial images but not to its own.",
     "Square beats white box": "Share that falls to random search without gradients but not to gradients.",
@@ -49,19 +51,31 @@ def outputs(model, x, y):
         return {
             "softmax outputs": float(probable),
             "randomness": float((first - second).abs().max() / first.abs().max().clamp_min(1e-12)),
-            "images without gradient": float((g == 0).all(1).float().mean()) if len(g) else 0.0,
+            "images without gradient": float((g == 0).all(1).double().mean()) if len(g) else 0.0,
             "zeros in the gradient": float((g == 0).float().mean()) if len(g) else 0.0,
-            "gradient against differences": _mismatch(model, x[right], y[right], g.view_as(x[right])),
+            "gradient against differences": mismatch(model, x[right], y[right], g.view_as(x[right])),
         }
 
 
-def _mismatch(model, x, y, g, step=0.01):
-    """Share of images whose loss changes over a step of L2 length ``step`` by not half to twice what g says."""
+def mismatch(model, x, y, g, step=0.01):
+    """Share of images whose loss changes along g by less than half or more than twice what g says.
+
+    Parameters
+    ----------
+    model : Module
+    x : Tensor, shape (N, C, H, W)
+    y : Tensor, shape (N,)
+    g : Tensor, same shape as x
+        A gradient of the loss: the model's own, or another's that is to be held against this model's loss.
+    step : float
+        L2 length over which the loss is differenced, pixel units.
+    """
+    images(x)
     if len(x) == 0:
         return 0.0
     length = g.flatten(1).norm(dim=1)
     direction = g / length.clamp_min(1e-30).view(-1, *[1] * (x.ndim - 1))
-    with torch.no_grad():
+    with still(model), torch.no_grad(), forward(x):
         ahead, behind = (cross_entropy(model(x + s * step * direction).double(), y) for s in (0.5, -0.5))
     ratio = (ahead - behind) / (step * length.double()).clamp_min(1e-30)
     return float(((ratio < 0.5) | (ratio > 2)).double().mean())
@@ -87,7 +101,9 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
     Returns
     -------
     DataFrame
-        One row a check: check, value (what the explanation names), limit, finding (bool), explanation.
+        One row a check: check, value (what the explanation names), limit, finding (bool: value > limit), explanation.
+        Where the value is a share of n images, the limit is that of ``LIMITS`` or ``TOLERANCE`` and one image more:
+        one image alone is no finding, however few they are.
     """
     radius(eps)
     count(steps, "steps")
@@ -97,6 +113,8 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
     instance(model, torch.nn.Module, "model")
     x, y = (t.to(next(model.parameters()).device) for t in _images(data, n))
     values = outputs(model, x, y)
+    with still(model), torch.no_grad():
+        right = int((model(x).argmax(1) == y).sum())
     options = dict(eps=eps, step_size=eps / 4, early_stop=True)
     stands = functools.partial(_stands, model, seed=seed)
     left = torch.from_numpy(stands((x, y), pgd, steps=steps, restarts=2, **options)).to(x.device)
@@ -113,11 +131,18 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
     values["large eps"] = float(stands((x, y), pgd, **large).mean())
     values["more steps help"] = beyond(pgd, steps=5 * steps, **options)
     values["more restarts help"] = beyond(pgd, steps=steps, restarts=5, **options)
-    rows = [(k, v, LIMITS.get(k, TOLERANCE)) for k, v in values.items()]
+    counted = {k: right for k in ("images without gradient", "gradient against differences")}
+    rows = [(k, v, _limit(k, counted.get(k, len(x)))) for k, v in values.items()]
     return pd.DataFrame(
         [(k, v, limit, v > limit, EXPLANATIONS[k]) for k, v, limit in rows],
         columns=["check", "value", "limit", "finding", "explanation"],
     )
+
+
+def _limit(check, n):
+    """What the value of a check may be; of a share of n images one image more than the limit says."""
+    limit = LIMITS.get(check, TOLERANCE)
+    return limit if check in NO_IMAGES else (limit * n + 1) / max(n, 1)
 
 
 def _stands(model, data, attack, seed, **options):

@@ -218,6 +218,7 @@ def twin(model):
     modules = list(model.modules())
     known = all(type(m).__module__.startswith(KNOWN) for m in modules)
     plain = known and any(isinstance(m, nn.Conv2d) for m in modules) and not any(map(_hooked, modules))
+    plain = plain and not _shared(model)
     if not plain or any(p.dtype != torch.float32 for p in model.parameters()):
         return model
     out = copy.deepcopy(model).eval()
@@ -233,6 +234,12 @@ def twin(model):
             if finite and type(child) is nn.Sequential and len(child) > 0 and _chained(child):
                 setattr(out, name, _Chain(child))
     return out
+
+
+def _shared(model):
+    """True if a module or a parameter stands in two places, where it would be scaled twice."""
+    kinds = model.named_modules, model.named_parameters
+    return any(len(list(k())) != len(list(k(remove_duplicate=False))) for k in kinds)
 
 
 def _hooked(module):

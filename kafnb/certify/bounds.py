@@ -41,8 +41,10 @@ def unroll(model):
     for node in graph.nodes:
         if node.op == "call_module":
             layer = model.get_submodule(node.target)
-            if type(layer) not in KNOWN or getattr(layer, "ceil_mode", False):
-                raise ValueError(f"no bounds are known for the layer {type(layer).__name__} ({node.target})")
+            dilated = isinstance(layer, nn.MaxPool2d) and layer.dilation not in (1, (1, 1))
+            unsteady = isinstance(layer, nn.BatchNorm2d) and layer.running_var is None
+            if type(layer) not in KNOWN or getattr(layer, "ceil_mode", False) or dilated or unsteady:
+                raise ValueError(f"no bounds are known for the layer {layer} ({node.target})")
             steps.append((node, node.all_input_nodes, layer))
         elif node.op == "placeholder" or (node.target is operator.add and len(node.all_input_nodes) == 2):
             steps.append((node, node.all_input_nodes, None))
@@ -53,8 +55,10 @@ def unroll(model):
 
 def _batchnorm(layer):
     """Scale and shift of batch normalisation in eval mode, each (C, 1, 1)."""
-    scale = layer.weight / (layer.running_var + layer.eps).sqrt()
-    return scale[:, None, None], (layer.bias - layer.running_mean * scale)[:, None, None]
+    scale = (layer.running_var + layer.eps).rsqrt()
+    scale = scale if layer.weight is None else layer.weight * scale
+    bias = 0.0 if layer.bias is None else layer.bias
+    return scale[:, None, None], (bias - layer.running_mean * scale)[:, None, None]
 
 
 def linear(layer, x, absolute=False):

@@ -10,6 +10,7 @@ left to know of a function is a bound on its second derivative: a number for the
 computed from its coefficients.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -48,16 +49,25 @@ class Curve:
     tail: float = 0.0
 
 
+def _smooth(module):
+    """The module, if it is the function of its name."""
+    if getattr(module, "threshold", 20) < 20:
+        raise ValueError(f"bounds of softplus need a threshold of 20 at least, got {module.threshold}: below it jumps")
+    if getattr(module, "approximate", "none") != "none":
+        raise ValueError(f"bounds of GELU need approximate='none', got {module.approximate!r}")
+    return module
+
+
 CURVES = {
     nn.ReLU: lambda m: Curve(m, 0.0, kink=True),
     nn.LeakyReLU: lambda m: Curve(m, 0.0, kink=True, monotone=m.negative_slope >= 0),
     nn.ELU: lambda m: Curve(m, abs(m.alpha), kink=True, monotone=m.alpha >= 0),
-    nn.Softplus: lambda m: Curve(m, m.beta / 4),
+    nn.Softplus: lambda m: Curve(_smooth(m), m.beta / 4),
     nn.Sigmoid: lambda m: Curve(m, 1 / (6 * math.sqrt(3))),
     nn.Tanh: lambda m: Curve(m, 4 / (3 * math.sqrt(3))),
     nn.PReLU: lambda m: Curve(m, 0.0, kink=True, monotone=bool((m.weight >= 0).all())),
     nn.SiLU: lambda m: Curve(m, 0.5, monotone=False),
-    nn.GELU: lambda m: Curve(m, math.sqrt(2 / math.pi), monotone=False),
+    nn.GELU: lambda m: Curve(_smooth(m), math.sqrt(2 / math.pi), monotone=False),
     KAF: lambda m: kaf_curve(m),
 }
 
@@ -93,6 +103,9 @@ def kaf_curve(kaf, spacing=1 / 64):
 def curve(module):
     """The ``Curve`` of an activation module, or None."""
     make = CURVES.get(type(module))
+    if make is not None and getattr(module, "inplace", False):  # the interval is still needed
+        module = copy.copy(module)
+        module.inplace = False
     return None if make is None else make(module)
 
 

@@ -8,8 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..epoch import Autocast
-from ..methods import METHODS
+from ..methods import METHODS, Autocast
 from ..recipe import PRECISIONS
 from .whole import Rows
 

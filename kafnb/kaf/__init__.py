@@ -40,8 +40,8 @@ class KAF(nn.Module):
         Half width of the dictionary, > 0.
     kernel : str or tuple of str
         "gaussian", "laplacian", "matern32", "matern52", "rational_quadratic", "periodic", "relu", "softplus". The
-        Gaussian is much the fastest, and alone works inside ``torch.func``. Several share alpha and are summed with
-        weights learned per channel (``mix``).
+        Gaussian is much the fastest, and alone works inside ``torch.func`` (grad, vjp, jacrev, vmap; not jvp). Several
+        share alpha and are summed with weights learned per channel (``mix``).
     init : None, str or callable
         None draws alpha from normal(0, 0.05), as the thesis does. "unit" draws it so that E[f(x)^2] = 1 on average for
         x ~ N(0, 1). "relu", "elu", "swish", "tanh" or any element-wise function on tensors: alpha by ridge regression

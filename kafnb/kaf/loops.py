@@ -53,7 +53,7 @@ def _power32(x):
     shifted = max(x, _LOW32) + _SHIFT32
     f = max(x, _LOW32) - (shifted - _SHIFT32)
     p = _P[0] + f * (_P[1] + f * (_P[2] + f * (_P[3] + f * (_P[4] + f * (_P[5] + f * _P[6])))))
-    return _number32(_bits32(p) + (_bits32(shifted) << np.int32(23))) * np.float32(x >= _LOW32)
+    return _number32(_bits32(p) + (_bits32(shifted) << np.int32(23))) * np.float32(x >= _LOW32) + (f - f)  # of NaN: NaN
 
 
 def _power64(x):
@@ -61,7 +61,7 @@ def _power64(x):
     f = max(x, _LOW64) - (shifted - _SHIFT64)
     p = _Q[5] + f * (_Q[6] + f * (_Q[7] + f * (_Q[8] + f * (_Q[9] + f * (_Q[10] + f * _Q[11])))))
     q = _Q[0] + f * (_Q[1] + f * (_Q[2] + f * (_Q[3] + f * (_Q[4] + f * p))))
-    return _number64(_bits64(q) + (_bits64(shifted) << np.int64(52))) * np.float64(x >= _LOW64)
+    return _number64(_bits64(q) + (_bits64(shifted) << np.int64(52))) * np.float64(x >= _LOW64) + (f - f)
 
 
 def exp2(x):

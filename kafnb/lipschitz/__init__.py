@@ -56,6 +56,8 @@ def _pooling(layer, shape):
             layer.ceil_mode or layer.divisor_override or not (layer.count_include_pad or layer.padding in (0, (0, 0)))
         ):
             raise ValueError("AvgPool2d has a rule without ceil_mode and divisor_override, with count_include_pad only")
+        if isinstance(layer, nn.MaxPool2d) and layer.dilation not in (1, (1, 1)):
+            raise ValueError(f"MaxPool2d has a rule without dilation only: {layer}")
         size, stride = (v if isinstance(v, tuple) else (v, v) for v in (layer.kernel_size, layer.stride))
         windows = math.prod(-(-k // s) for k, s in zip(size, stride, strict=True))  # that an input is in, at most
         return math.sqrt(windows) / (math.sqrt(math.prod(size)) if isinstance(layer, nn.AvgPool2d) else 1)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..checks import forward, labels
+from ..models import out_of_place
 from .local import check_ball, check_images, dual
 from .maps import expand, linear_map, through
 from .units import ranges
@@ -41,7 +42,8 @@ def _max_pool(layer, low, high, tape):
     """A gradient goes to the largest of a window: surely, perhaps, or surely not."""
     k = layer.kernel_size if isinstance(layer.kernel_size, tuple) else (layer.kernel_size,) * 2
     stride = layer.stride if isinstance(layer.stride, tuple) else (layer.stride,) * 2
-    if stride != k or layer.padding not in (0, (0, 0)) or low.shape[2] % k[0] or low.shape[3] % k[1]:
+    plain = layer.padding in (0, (0, 0)) and layer.dilation in (1, (1, 1))
+    if stride != k or not plain or low.shape[2] % k[0] or low.shape[3] % k[1]:
         raise ValueError("the interval rule for max pooling needs windows that tile the image exactly")
 
     def up(v):
@@ -73,6 +75,8 @@ def _walk(layers, low, high, tape):
             low, high = layer(low), layer(high)
         else:
             if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                if layer.running_var is None:
+                    raise ValueError("the bound needs batch normalisation with running statistics")
                 ends = layer(low), layer(high)
                 gain = layer(torch.ones_like(low[:1])) - layer(torch.zeros_like(low[:1]))
                 low, high, a, b = torch.minimum(*ends), torch.maximum(*ends), gain, gain
@@ -113,7 +117,7 @@ def local_bound(model, x, y, *, eps, norm="linf"):
     with torch.no_grad(), forward(x):
         classes = copy.deepcopy(model).eval()(x[:1]).shape[1]
     labels(y, len(x), classes)
-    net = copy.deepcopy(model).double().eval().requires_grad_(False)
+    net = out_of_place(copy.deepcopy(model)).double().eval().requires_grad_(False)
     x, tape = x.double(), []
     with torch.no_grad():
         out, _ = _walk([net], (x - eps).clamp_min(0), (x + eps).clamp_max(1), tape)

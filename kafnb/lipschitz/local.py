@@ -4,8 +4,9 @@ For the label y and another class j, the margin m_j = f_y - f_j cannot fall to z
 
 .. math:: m_j(x) > \varepsilon \sup_{z \in B(x, \varepsilon)} \lVert \nabla m_j(z) \rVert_*,
 
-with the dual norm: L1 for an L-inf ball, L2 for an L2 ball. ``gradient_norms`` gives the norm at points of the ball,
-which is at most the supremum; ``intervals.local_bound`` a number that is at least that; ``clever`` a guess.
+with the dual norm: L1 for an L-inf ball, L2 for an L2 ball, L-inf for an L1 ball. ``gradient_norms`` gives the norm at
+points of the ball, which is at most the supremum; ``intervals.local_bound`` a number that is at least that; ``clever``
+a guess.
 """
 
 import warnings
@@ -20,7 +21,7 @@ from ..attacks import NORMS, project, random_delta, still
 
 def dual(g, norm):
     """(N, *) -> (N,)."""
-    return g.flatten(1).norm(p=1 if norm == "linf" else 2, dim=1)
+    return torch.linalg.vector_norm(g.flatten(1), {"linf": 1, "l2": 2, "l1": float("inf")}[norm], dim=1)
 
 
 def check_ball(norm, eps):
@@ -42,8 +43,8 @@ def gradient_norms(model, x, y, *, eps=0.0, norm="linf", samples=0, seed=0):
     x, y : Tensor, shapes (N, C, H, W) and (N,)
     eps : float
         Radius of the ball that ``samples`` points an image are drawn from, pixel units.
-    norm : {"linf", "l2"}
-        Of the ball; gradients are measured in L1 or L2.
+    norm : {"linf", "l2", "l1"}
+        Of the ball; gradients are measured in the dual norm: L1, L2 or L-inf.
 
     Returns
     -------

@@ -12,7 +12,7 @@ from ..models import HeBlock, PlainBlock, PreactBlock, ThesisBlock
 def expand(layer):
     """(branches, tail) of a layer made of layers: the branches' outputs are added, then the tail acts; else None."""
     b = layer
-    if isinstance(b, nn.Sequential):
+    if isinstance(b, nn.Sequential) and type(b).forward is nn.Sequential.forward:
         return [list(b)], []
     if isinstance(b, ThesisBlock):
         return [[b.conv1, b.bn1, b.act1, b.conv2], [b.skip]], [b.bn2, b.act2]

@@ -21,7 +21,7 @@ TURNS = {
     nn.ReLU: ((), ()),
     nn.LeakyReLU: ((0.0,), ()),
     nn.PReLU: ((0.0,), ()),
-    nn.ELU: ((), (0.0,)),
+    nn.ELU: ((0.0,), (0.0,)),
     nn.SiLU: ((SWISH_LOWEST,), (-SWISH_STEEPEST, SWISH_STEEPEST)),
     nn.GELU: ((GELU_LOWEST,), (-GELU_STEEPEST, GELU_STEEPEST)),
     nn.Softplus: ((), ()),
@@ -64,6 +64,12 @@ def _pssilu(f):
     return torch.where(f.a == 0, (0.5 - b).abs() / (1 - b), steep)
 
 
+def _exact(gelu, value):
+    if gelu.approximate != "none":
+        raise ValueError(f"the constants of GELU are for approximate='none', got {gelu.approximate!r}")
+    return value
+
+
 # type -> constant: a number, or one a channel
 CONSTANTS = {
     nn.Identity: lambda f: 1.0,
@@ -71,7 +77,7 @@ CONSTANTS = {
     nn.LeakyReLU: lambda f: max(1.0, abs(f.negative_slope)),
     nn.ELU: lambda f: max(1.0, abs(f.alpha)),
     nn.SiLU: lambda f: SWISH_SLOPE,
-    nn.GELU: lambda f: GELU_SLOPE,
+    nn.GELU: lambda f: _exact(f, GELU_SLOPE),
     nn.Softplus: lambda f: 1.0,
     nn.Sigmoid: lambda f: 0.25,
     nn.Tanh: lambda f: 1.0,
@@ -142,6 +148,8 @@ def ranges(module, low, high):
         return KafRanges(module)(low, high)
     if type(module) not in TURNS:
         raise ValueError(f"no interval rule for {type(module).__name__}; known: KAF, {[t.__name__ for t in TURNS]}")
+    if isinstance(module, nn.GELU):
+        _exact(module, None)
     sides = _values(module, low), _values(module, high)
     out = []
     for which in (0, 1):
