@@ -54,7 +54,6 @@ def _depth(ax, table):
         ax.scatter(group.depth, group.total, s=20, **figures.style(name))
         curve = group.drop_duplicates("depth").sort_values("depth")
         ax.plot(curve.depth, curve.total_predicted, color=figures.style(name)["color"], linewidth=1)
-    ax.axhline(np.finfo(np.float16).max, color="k", linewidth=0.8, linestyle=":")
     ax.set(yscale="log", xlabel="depth", ylabel="growth of the gradient")
     ax.set_title("Random KAFs explode, as predicted\n(lines: theory, no trained weights)")
     ax.legend(fontsize=8)

@@ -221,7 +221,6 @@ class GradientGrowth(View):
         self.known = {n: (right.plot([], [], **figures.line(n))[0], self.block(c)) for n, c in chi.items()}
         (self.path,) = right.plot([], [], **figures.line("kaf"))
         left.axhline(chi["relu"], linewidth=0.8, **figures.line("relu") | {"linestyle": ":"})
-        right.axhline(65504, color="k", linewidth=0.8, linestyle=":", label="largest float16")
         left.set(xscale="log", yscale="log", xlabel="bandwidth, in units of 1/(6 Δ²)", ylabel="χ, random coefficients")
         right.set(yscale="log", xlabel="blocks passed, from the output", ylabel="growth of the gradient")
         for ax in self.axes:
