@@ -163,9 +163,9 @@ def measure(experiment, evaluations, *, store, data_root=None, device="cpu", pro
 
 
 def measured(experiment, evaluations, store, data_root):
-    """True if ``measure`` would only read, and need not wait for another process."""
+    """True if ``measure`` would only read; a training in another process is not waited for."""
     folder, data = Folder(store / experiment.name), load_data(experiment.data, data_root)
-    if not folder.path.is_dir() or folder.busy():
+    if not folder.path.is_dir() or (folder.busy() and not (folder.path / PRODUCTS[-1]).exists()):  # written last
         return False
     files = [evaluation_file(e) for e in (CLEAN, *evaluations)]
     with folder.lock():

@@ -247,11 +247,17 @@ def test_evaluations_by_every_attack_and_unchanged_keys(store):
 
 
 def test_what_another_process_is_at_is_not_waited_for(store):
-    experiments.run(MLP, [PGD], store=store)
-    with ThreadPoolExecutor(1) as pool, Folder(folder_of(store)).lock():
+    folder_of(store).mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool, Folder(folder_of(store)).lock():  # as in training
         read = pool.submit(experiments.run, MLP, [PGD], store=store, stored=True)
         with pytest.raises(FileNotFoundError, match="none of these experiments"):
             read.result(timeout=30)
+    experiments.run(MLP, [PGD], store=store)
+    with ThreadPoolExecutor(1) as pool:
+        with Folder(folder_of(store)).lock():  # another reader, for a moment
+            read = pool.submit(experiments.run, MLP, [PGD], store=store, stored=True)
+            time.sleep(0.5)
+        assert len(read.result(timeout=60)) == 2
 
 
 def test_an_attack_towards_the_truth_is_no_evaluation():
