@@ -100,6 +100,14 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
     assert at_20[fallen].min() > 1.5 * at_20[["elu", "kaf"]].max()
 
 
+def test_what_is_said_of_moving_activations_is_in_the_table():
+    assert "KAF moves more than ReLU in three of five layers" in README
+    table = pd.read_csv(home() / "figures" / "small" / "09_activation_distributions_ratios.csv")
+    table = table[(table.other == "relu") & (table.labels == "true")].set_index(["value", "where"]).sort_index()
+    for where in ("before", "after"):
+        assert (table.low["normalised", where] > 1).sum() == 3 and (table.ratio["raw", where] < 1).sum() == 3
+
+
 def test_numbers_on_the_growth_of_gradients():
     text = " ".join(README.split())
     kaf, relu = re.search(r"([\d.]+) for a random KAF and ([\d.]+) for ReLU", text).groups()
