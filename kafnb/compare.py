@@ -34,6 +34,15 @@ def _by_seed(results, metric):
     return {name: np.stack(correct) for name, correct in groups.items() if correct}
 
 
+def _same_seeds(results, metric, a, b):
+    """Refuse two activations that were trained from other seeds: what is paired must be."""
+    chosen = results[results.metric == metric]
+    if "seed" in chosen:
+        one, other = (sorted(chosen.seed[chosen.activation == name]) for name in (a, b))
+        if one != other:
+            raise ValueError(f"{shown(a)} and {shown(b)} are compared seed by seed: got seeds {one} and {other}")
+
+
 def _error(d):
     """Standard error of the mean of d (seeds, images), and how many of them a 95 % interval reaches to each side.
 
@@ -117,12 +126,14 @@ def difference(results, a, b, metric):
         of half an image gained and half an image lost: an interval does not close on nothing.
     """
     found = _by_seed(results, metric)
-    a, b = (found[pick(tuple(found), name, "activation in these results")] for name in (a, b))
+    names = [pick(tuple(found), name, "activation in these results") for name in (a, b)]
+    a, b = (found[name] for name in names)
     if a.shape != b.shape or a.shape[1] < 2:
         raise ValueError(
             "a difference is of the same images and seeds, two images at least: "
             f"got {a.shape[1]} and {b.shape[1]} images, {len(a)} and {len(b)} seeds"
         )
+    _same_seeds(results, metric, *names)
     d = 100 * (a.astype(float) - b)
     error, reach = _error(d) if d.any() else (100 / d.shape[1], 1.96)
     return d.mean(), d.mean() - reach * error, d.mean() + reach * error
@@ -155,6 +166,7 @@ def mcnemar(results, metric):
     for a, b in pairs:
         if found[a].shape != found[b].shape:
             raise ValueError(f"{shown(a)} and {shown(b)} were not scored on the same images and seeds")
+        _same_seeds(results, metric, a, b)
         only_a, only_b = int((found[a] & ~found[b]).sum()), int((found[b] & ~found[a]).sum())
         p = _sign_test(found[a].sum(0) - found[b].sum(0))
         rows.append({"a": a, "b": b, "only a right": only_a, "only b right": only_b, "p": p})

@@ -126,7 +126,8 @@ def publish(folder, data_root=None, epochs=False):
     data_root : path, optional
         Where its data are, or of an image folder where that is now.
     epochs : bool
-        Put their number into the name: of networks that come once trained shortly and once at length.
+        Put their number into the name: of networks that come once trained shortly and once at length. A seed other than
+        0 is always in it.
 
     Raises
     ------
@@ -143,7 +144,7 @@ def publish(folder, data_root=None, epochs=False):
     if record["data_fingerprint"] != data.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {data.name} is now: name the right data")
     parts = run["model"], run["activation"], *map(str, options.values()), run["recipe"]["method"]
-    parts += (f"{run['recipe']['epochs']} epochs",) * epochs
+    parts += (f"{run['recipe']['epochs']} epochs",) * epochs + (f"seed {run['seed']}",) * (run["seed"] != 0)
     name = "-".join(re.sub(r"[^\w.]+", " ", part).strip().replace(" ", "-") for part in parts)
     images = {k: getattr(data, k) for k in ("in_channels", "image_size", "num_classes")}
     network = {k: run[k] for k in ("model", "activation", "options")} | {"images": images}

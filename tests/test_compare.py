@@ -138,3 +138,11 @@ def test_thesis_tables():
 def test_rows_of_two_kinds_of_network_are_not_taken_for_seeds(results):
     with pytest.raises(ValueError, match="two rows of x for 'a', seed 0"):
         compare.rates(pd.concat([results, results]))
+
+
+def test_other_seeds_are_not_paired(results):
+    results.loc[(results.activation == "b") & (results.seed == 1), "seed"] = 2
+    for compared in (lambda: compare.difference(results, "a", "b", "x"), lambda: compare.mcnemar(results, "x")):
+        with pytest.raises(ValueError, match=r"seeds \[0, 1\] and \[0, 2\]"):
+            compared()
+    assert compare.difference(results, "a", "c", "x")[0] == 0

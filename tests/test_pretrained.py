@@ -91,6 +91,9 @@ def test_its_card_has_every_stored_score(published):
     pretrained.publish(folder)
     assert "PGD" not in (pretrained.WEIGHTS / f"{name}.md").read_text()
     assert pretrained.publish(folder, epochs=True) == f"{name}-2-epochs"
+    record = stored.read_json("experiment.json")
+    stored.write_json("experiment.json", record | {"experiment": record["experiment"] | {"seed": 3}})
+    assert pretrained.publish(folder) == f"{name}-seed-3"  # and the one of seed 0 is still there
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b.replace(b"mlp", b"mlq")])
