@@ -84,7 +84,7 @@ def growth_factor(name, block=None, *, depth=56, image_size=16, seeds=2):
         (``kafnb.meanfield``).
     image_size : int
         Of the ResNet's input. 16 stands between digits (8) and CIFAR-10 (32); the growth of a random KAF in the
-        thesis' block is 7 % less at 8 and 3 % more at 32.
+        thesis' block is 7 % less at 8 and 4 % more at 32.
     seeds : int
         Draws that the prediction is averaged over.
 

@@ -203,7 +203,7 @@ CALLS = [
     (gradients.measure, dict(model=NET, batch=(X, Y)), dict(model=model, batch=pair)),
     (gradients.growth_factor, dict(name="relu"), dict(name=name(kafnb.ACTIVATIONS))),
     (gradients.growth_factor, dict(name="relu", block="he", depth=8, seeds=1), dict(block=name([*models.BLOCKS]).filter(lambda v: v is not None), depth=count(8), image_size=count(), seeds=count())),
-    (meanfield.predict, dict(activation="relu", depth=8, samples=64), dict(activation=name(kafnb.ACTIVATIONS), block=name(models.BLOCKS), depth=count(8), image_size=count(), width=count(), samples=count(), seed=seed)),
+    (meanfield.predict, dict(activation="relu", depth=8, images=2), dict(activation=name(kafnb.ACTIVATIONS), block=name(models.BLOCKS), depth=count(8), image_size=count(), width=count(), images=count(2), seed=seed)),
     (lambda **k: probes.capture(**k).__enter__(), dict(model=NET, layers=["0"]), dict(model=model, layers=st.sampled_from([None, 3, ["nope"], "0x", [3]]), where=name())),
     (probes.stream, dict(model=NET, batches=[X], collectors={}), dict(model=model, batches=st.lists(bad_images(box=False), min_size=1, max_size=1), collectors=thing({}))),
     (probes.Histogram, {}, dict(bins=st.one_of(count(4), st.integers(0, 1000).map(lambda n: 4 * n + 1)))),

@@ -100,7 +100,7 @@ CALLS = {
     "smoothed": lambda m: certify.Smoothed(m, 0.1).certify(X[0], 4, 4, torch.Generator().manual_seed(0)),
     "measure": lambda m: gradients.measure(m, (X, Y)),
     "growth_factor": lambda m: gradients.growth_factor("swish"),
-    "predicted growth": lambda m: meanfield.predict("relu", depth=8, samples=64),
+    "predicted growth": lambda m: meanfield.predict("relu", depth=8, images=2),
     "stream": lambda m: probes.stream(m, [X], {"0": probes.Moments()}),
     "activation_layers": lambda m: probes.activation_layers(m, X),
     "trace": lambda m: kafnb.diagrams.trace(m, X, leaves=(kafnb.KAF,)),
