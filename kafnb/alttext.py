@@ -76,13 +76,19 @@ def _bars(ax):
     return "bars: " + "; ".join(told) if told else ""
 
 
+def _places(collection):
+    places = np.ma.filled(np.ma.asarray(collection.get_offsets(), float), np.nan)
+    return places[np.isfinite(places).all(axis=1)]  # what is drawn
+
+
 def _points(ax):
-    groups = [(c, len(c.get_offsets())) for c in ax.collections if isinstance(c, PathCollection)]
-    named = [f"{_name(c)} at ({', '.join(f'{v:.3g}' for v in c.get_offsets()[0])})" if n == 1 else f"{_name(c)} ({n})"
-             for c, n in groups if _name(c)]  # fmt: skip
+    groups = [(c, _places(c)) for c in ax.collections if isinstance(c, PathCollection)]
+    groups = [(c, places) for c, places in groups if len(places)]
+    named = [f"{_name(c)} at ({', '.join(f'{v:.3g}' for v in p[0])})" if len(p) == 1 else f"{_name(c)} ({len(p)})"
+             for c, p in groups if _name(c)]  # fmt: skip
     if 0 < len(named) <= 12:
         return "points: " + "; ".join(named)
-    total = sum(n for _, n in groups)
+    total = sum(len(p) for _, p in groups)
     return f"{total} point{'s' * (total > 1)}" if total else ""
 
 

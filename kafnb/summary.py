@@ -67,7 +67,8 @@ def results(profile):
             attack, n = table[table.metric.str.startswith("PGD")].iloc[0][["metric", "n"]]
             data = drawn.get(name, {}).get("data", table.data.iloc[0]).removeprefix("folder:")
             size = f"{data}, n = {table[table.labels == 'none'].n.iloc[0]}, attacked {n}"
-            seeds = f"{table.seed.nunique()} seed{'s' * (table.seed.nunique() > 1)}"
+            runs = sorted(set(table.groupby("activation").seed.nunique()))
+            seeds = f"{' or '.join(map(str, runs))} seed{'s' * (runs[-1] > 1)}"
             block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
             epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {thesis.EPOCHS[model]})"
             head = f"{title}, {epochs}, {block}{attack.split(' (')[0]}, {size}, {seeds}"

@@ -40,6 +40,14 @@ def test_bars_that_are_missing_are_not_told(panel):
     assert "some: ReLU 3" in text and "KAF" not in text and "none" not in text
 
 
+def test_points_that_are_not_drawn_are_not_told(panel):
+    figure, ax = panel
+    ax.scatter([1, 2, np.nan], [1, np.nan, 3], label="one")
+    ax.scatter([], [], label="none")
+    text = alttext.describe(figure)
+    assert "points: one at (1, 1)" in text and "none" not in text
+
+
 def test_points_pictures_and_diagrams():
     figure, (a, b, c) = plt.subplots(1, 3)
     a.scatter([1.5], [2.5], label="KAF")
