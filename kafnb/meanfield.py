@@ -2,8 +2,9 @@ r"""Mean-field theory of gradients in a residual network with batch normalisatio
 
 At initialisation the weights of a convolution are independent of what comes in. Averaged over them,
 
-* forward, an output of the convolution is a Gaussian whose variance is 2 / (9 C) times the sum of the squares of the
-  9 C inputs it sees (He's initialisation), an image for itself; what all images have in common stays common,
+* forward, an output of the convolution is a Gaussian whose variance is 2 / (9 C) times the sum, over the 9 C inputs it
+  sees, of their squared deviation from the mean of all images (He's initialisation), each image for itself; what all
+  images have in common stays common,
 * backward, the squared gradient of an input is 2 / (9 C) times the sum of the squared gradients of the outputs that
   see it,
 
@@ -12,7 +13,7 @@ removed, and takes away the share of the two directions that it fixes; an activa
 of two paths hands them to both. One number a unit is enough: the network is run once on samples of the forward
 distribution, and autograd carries *squared* gradients back through it. That images of one batch come to deviate
 unequally from its mean has to be kept: without it (``alike``) the growth over 26 blocks is off by a factor of several
-for some functions, at any width (notebook 13).
+for some functions (notebook 13).
 
 Source: for the rules, Schoenholz et al., ICLR 2017, arXiv:1611.01232, and with batch normalisation Yang et al., ICLR
 2019, arXiv:1902.08129. The correlation between f'(x) on the skip and what the skip carried is kept here by sampling.
