@@ -157,7 +157,8 @@ def publish(folder, data_root=None, epochs=False):
     write_atomically(WEIGHTS / f"{name}.safetensors", lambda p: p.write_bytes(content))
     scores = [(e, Score(c, "none" if e == CLEAN else e.labels)) for e, c in ((_evaluation(m), c) for m, c in evaluated)]
     scores.sort(key=lambda pair: (pair[0] != CLEAN, pair[0].labels != "true", pair[0].name))
-    text = _card(name, run, data, record, scores)
+    spent = folder.read_table("history.csv").seconds.sum() or record["seconds"]  # of every process that trained a part
+    text = _card(name, run, data, record | {"seconds": spent}, scores)
     write_atomically(WEIGHTS / f"{name}.md", lambda p: p.write_text(text))
     return name
 

@@ -84,6 +84,8 @@ def test_its_card_has_every_stored_score(published):
             row.n,
         ]
     assert f'kafnb.load("{name}")' in card and "2 epochs" in card and "digits" in card
+    spent = kafnb.history(RUN, store=folder.parent).seconds.sum()  # also of a training that was resumed
+    assert f" in {spent:.0f} s with" in card
     stored = Folder(folder)  # a score of other weights is none of these
     (file,) = folder.glob("evaluation-pgd*.csv")
     other = file.read_text().replace(stored.digest("weights.safetensors"), "0" * 64)

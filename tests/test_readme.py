@@ -101,9 +101,10 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
 
 
 def test_what_is_said_of_moving_activations_is_in_the_table():
-    assert "KAF moves more than ReLU in three of five layers" in README
+    assert "KAF moves more than ReLU in three of five layers with both\n  seeds" in README
     table = pd.read_csv(home() / "figures" / "small" / "09_activation_distributions_ratios.csv")
     table = table[(table.other == "relu") & (table.labels == "true")].set_index(["value", "where"]).sort_index()
+    assert set(table.seeds) == {2}  # low and high: those of the seeds
     for where in ("before", "after"):
         assert (table.low["normalised", where] > 1).sum() == 3 and (table.ratio["raw", where] < 1).sum() == 3
 
