@@ -100,6 +100,17 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
     assert at_20[fallen].min() > 1.5 * at_20[["elu", "kaf"]].max()
 
 
+def test_what_is_said_of_the_order_of_chapter_4_is_in_the_table():
+    assert "on average of two seeds (with one of them k-WTA is ahead of KAF), with intervals that overlap" in README
+    table = pd.read_csv(home() / "figures" / "small" / "09_activation_distributions_scores.csv")
+    told = table[table.labels == "predicted"].pivot(index="seed", columns="activation", values="rate")
+    assert len(told) == 2 and told.mean().sort_values().index.tolist() == ["relu", "kwta", "kaf"]
+    assert (told.kwta > told.kaf).sum() == 1 and (told.relu < told[["kwta", "kaf"]].min(axis=1)).all()
+    rows = table[table.labels == "predicted"].set_index("activation")
+    assert rows.mean_low.max() < rows.mean_high.min()
+    assert table[table.labels == "true"].rate.max() < 0.01
+
+
 def test_what_is_said_of_moving_activations_is_in_the_table():
     assert "KAF moves more than ReLU in three of five layers with both\n  seeds" in README
     table = pd.read_csv(home() / "figures" / "small" / "09_activation_distributions_ratios.csv")
