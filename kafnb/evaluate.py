@@ -141,7 +141,8 @@ def robust_accuracy(
     labels : {"true", "predicted"}
         What the attack is told. "true": the honest protocol; an image that is wrong already counts as broken.
         "predicted": the thesis' protocol, where the attack pushes away from the model's own answer while the
-        score still compares with the truth, so misclassified images can be pushed onto the right class.
+        score still compares with the truth, so misclassified images can be pushed onto the right class. Images
+        that are right already are attacked first, from the same random starts as with "true".
     n : int, optional
         First n test images; all by default.
     batch_size : int, optional
@@ -151,7 +152,7 @@ def robust_accuracy(
     precision : {"float32", "bfloat16", "float16"}
         Of the attack's own passes, by autocast. Answers are always taken without it.
     progress : bool
-        A bar with the accuracy so far.
+        A bar with the share that stands of the images attacked so far.
 
     Returns
     -------
@@ -171,14 +172,16 @@ def robust_accuracy(
     answer, truth = _answers(model, x, y, batch_size), y.cpu()
     told = truth if labels == "true" else answer
     correct = (answer == truth).numpy()
-    attacked = torch.from_numpy(np.flatnonzero(correct if labels == "true" else answer >= 0))
+    size = _batch_size(batch_size, device, x)
+    groups = [correct] if labels == "true" else [correct, ~correct & (answer >= 0).numpy()]
+    batches = [batch for group in groups for batch in torch.from_numpy(np.flatnonzero(group)).split(size) if len(batch)]
     lower = contextlib.nullcontext()
     if PRECISIONS[precision]:
         lower = torch.autocast(device.type, PRECISIONS[precision])
-    bar = tqdm(total=len(attacked), unit="image", leave=False, disable=not progress)
+    bar = tqdm(total=sum(map(len, batches)), unit="image", leave=False, disable=not progress)
     with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)
-        for batch in attacked.split(_batch_size(batch_size, device, x)):
+        for i, batch in enumerate(batches, 1):
             standing = torch.ones(len(batch), dtype=torch.bool)
             for one in attacks:
                 rows = standing.nonzero()[:, 0] if labels == "true" else torch.arange(len(batch))
@@ -189,6 +192,5 @@ def robust_accuracy(
                 standing[rows] &= predict(model, x_adv.to(x.dtype), batch_size) == truth[batch[rows]]
             correct[batch.numpy()] = standing.numpy()
             bar.update(len(batch))
-            done = int(batch[-1]) + 1 if len(batch) else 0
-            bar.set_postfix(accuracy=f"{correct[:done].mean():.3f}" if done else "")
+            bar.set_postfix(standing=f"{correct[torch.cat(batches[:i]).numpy()].mean():.3f}")
     return Score(correct, labels)

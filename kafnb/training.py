@@ -146,8 +146,9 @@ def _monitored(model, x, y):
     norms = measure(model, (to_unit(x[:64]), y[:64]))
     limit = torch.finfo(torch.float16).max
     if beyond := [name for name, norm in norms.items() if not norm <= limit]:  # NaN is beyond, too
-        name = max(beyond, key=lambda n: (math.isnan(norms[n]), norms[n]))
-        warnings.warn(f"the gradient at {name} has norm {norms[name]:.1e}: float16 ends at {limit:,.0f}", stacklevel=3)
+        name = max(beyond, key=lambda n: (not math.isfinite(norms[n]), norms[n]))
+        why = f"float16 ends at {limit:,.0f}" if math.isfinite(norms[name]) else "beyond what numbers of this kind hold"
+        warnings.warn(f"the gradient at {name} has norm {norms[name]:.1e}: {why}", stacklevel=3)
     return {f"gradient {name}": norm for name, norm in norms.items()}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
+import kafnb
 from kafnb import attacks, evaluate, models
 
 
@@ -46,9 +47,23 @@ def test_the_two_protocols_by_hand():
     told.clear()
     predicted = evaluate.robust_accuracy(model, (x, y), move, "predicted")
     # images 1 and 3 were wrong and land on the right answer: that is the inflation
-    assert predicted.correct.tolist() == [False, True, False, True] and told == [[0, 1, 0, 2]]
+    assert predicted.correct.tolist() == [False, True, False, True] and told == [[0, 0], [1, 2]]
     assert evaluate.clean_accuracy(model, (x, y)).correct.tolist() == [True, False, True, False]
     assert "predicted labels" in str(predicted) and "true labels" in str(true)
+
+
+def test_on_right_images_the_protocols_are_the_same_attack(digits):
+    torch.manual_seed(0)
+    model = models.mlp("relu", hidden=(32,)).eval()
+    kafnb.fit(model, digits, kafnb.Recipe(epochs=1, lr=(0.01, 0.1), batch_size=64))
+    attack = functools.partial(attacks.pgd, eps=0.04, steps=3, restarts=2)
+    clean = evaluate.clean_accuracy(model, digits, n=200).correct
+    true, told = (
+        evaluate.robust_accuracy(model, digits, attack, labels, n=200, batch_size=30).correct
+        for labels in evaluate.LABELS
+    )
+    assert 20 < true.sum() < clean.sum() < 190  # not one of the cases in which it must be so
+    assert np.array_equal(told & clean, true) and (told & ~clean).any()
 
 
 def test_seeded_repeatable_and_no_trace(digits):
@@ -127,11 +142,11 @@ def test_lower_precision_only_when_asked(digits):
         evaluate.robust_accuracy(Spy(), digits, attack, n=9, precision="int8")
 
 
-def test_progress_shows_the_running_accuracy(digits, capsys):
+def test_progress_shows_what_stands_so_far(digits, capsys):
     evaluate.robust_accuracy(
         models.mlp(), digits, functools.partial(attacks.fgsm, eps=0.1), n=40, batch_size=10, progress=True
     )
-    assert "accuracy=" in capsys.readouterr().err
+    assert "standing=" in capsys.readouterr().err
     evaluate.robust_accuracy(models.mlp(), digits, functools.partial(attacks.fgsm, eps=0.1), n=40)
     assert capsys.readouterr().err == ""
 

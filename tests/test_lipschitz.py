@@ -1,6 +1,7 @@
 """Spectral norms against SVD and a library, KAF constants against sampled slopes, bounds against what they bound."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -349,6 +350,30 @@ def test_local_bound_goes_to_the_gradient(act, norm, digits_batch):
     assert torch.allclose(upper, gradient, rtol=2e-3) and (upper >= gradient * (1 - 1e-9)).all()
     wider = [lipschitz.local_bound(model, x, y, eps=e, norm=norm) for e in (1e-3, 1e-2, 1e-1)]
     assert (wider[0] <= wider[1]).all() and (wider[1] <= wider[2]).all()
+
+
+def test_rounding_does_not_lower_the_local_bound():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Linear(12, 10)).double()
+    x, y = torch.rand(1, 1, 4, 4, dtype=torch.float64), torch.tensor([3])
+    first, second = ([[Fraction(v) for v in row] for row in net[i].weight.tolist()] for i in (1, 2))
+    rows = [[sum(a * b for a, b in zip(row, column)) for column in zip(*first)] for row in second]  # noqa: B905
+    upper = lipschitz.local_bound(net, x, y, eps=0.01)[0].tolist()
+    for row, bound in zip(rows, upper, strict=True):
+        exact = sum(abs(a - b) for a, b in zip(rows[3], row, strict=True))
+        assert exact <= Fraction(bound) <= exact * (1 + Fraction(1, 10**12))
+
+
+@pytest.mark.parametrize(("shift", "gain"), [(1e4, 1e-3), (1e10, 1e-2), (1e13, 1e-3)])
+def test_a_large_shift_does_not_hide_the_gain_from_the_local_bound(shift, gain):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 10), nn.BatchNorm1d(10)).double().eval()
+    net[2].weight.data.fill_(gain)
+    net[2].bias.data.fill_(shift)
+    scale = gain / (1 + net[2].eps) ** 0.5
+    exact = (net[1].weight[3] - net[1].weight).abs().sum(1) * scale
+    upper = lipschitz.local_bound(net, torch.rand(1, 1, 4, 4, dtype=torch.float64), torch.tensor([3]), eps=0.01)[0]
+    assert (upper >= exact).all() and torch.allclose(upper, exact, rtol=1e-9)
 
 
 def test_certified_images_resist_attack(digits_batch):
