@@ -46,6 +46,17 @@ def scores(table, said):
     return pd.DataFrame(rows)
 
 
+def poor(table):
+    """A line on the networks that 18 compares with no other; empty where there are none."""
+    clean = table[table.labels == "none"].groupby("activation", sort=False).rate.mean()
+    if not (names := ", ".join(LABELS.get(a, a) for a in clean.index[clean < 0.5])):
+        return ""
+    return (
+        f"\nFewer than half of the clean images right: {names}. Little can be said of the robustness of such networks; "
+        "18 counts comparisons with them as *not testable*.\n"
+    )
+
+
 def race(table):
     """Of notebook 14's race: accuracies, parameters, and points over ReLU on the same images with their interval."""
     attacked = next(c for c in table.columns if c.startswith("PGD"))
@@ -72,7 +83,7 @@ def results(profile):
             block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
             epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {thesis.EPOCHS[model]})"
             head = f"{title}, {epochs}, {block}{attack.split(' (')[0]}, {size}, {seeds}"
-            parts.append(f"{head}:\n\n{_markdown(scores(table, said))}")
+            parts.append(f"{head}:\n\n{_markdown(scores(table, said))}{poor(table)}")
     if (folder / "14_resnet20_evaluation_race.csv").exists():
         table = pd.read_csv(folder / "14_resnet20_evaluation_race.csv")
         parts.append(f"Tuned alike (14): rates chosen on held-out training images.\n\n{_markdown(race(table))}")

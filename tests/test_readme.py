@@ -100,6 +100,18 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
     assert at_20[fallen].min() > 1.5 * at_20[["elu", "kaf"]].max()
 
 
+def test_what_is_said_of_vgg_on_photographs():
+    text = " ".join(README.split())
+    told = re.search(r"own highest rate: ReLU ([\d.]+), KAF_ELU ([\d.]+), Swish ([\d.]+)\)", text).groups()
+    order = ["relu", "kaf_elu", "swish"]
+    small = kafnb.profiles.PROFILES["small"]
+    rates = [small.recipe("vgg", "fgsm_rs", activation=a).lr[1] for a in order]
+    assert rates == [float(rate) for rate in told] and rates == sorted(rates)
+    table = pd.read_csv(home() / "figures" / "small" / "12_vgg_evaluation_scatter.csv")
+    table = table[table.labels != "predicted"].pivot_table(index="activation", columns="metric", values="mean")
+    assert all(table[metric].sort_values().index.tolist() == order for metric in table)
+
+
 def test_what_is_said_of_the_order_of_chapter_4_is_in_the_table():
     assert "on average of two seeds (with one of them k-WTA is ahead of KAF), with intervals that overlap" in README
     table = pd.read_csv(home() / "figures" / "small" / "09_activation_distributions_scores.csv")
