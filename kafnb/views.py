@@ -222,7 +222,9 @@ class GradientGrowth(View):
         (self.path,) = right.plot([], [], **figures.line("kaf"))
         left.axhline(chi["relu"], linewidth=0.8, **figures.line("relu") | {"linestyle": ":"})
         left.set(xscale="log", yscale="log", xlabel="bandwidth, in units of 1/(6 Δ²)", ylabel="χ, random coefficients")
-        right.set(yscale="log", xlabel="blocks passed, from the output", ylabel="growth of the gradient, simple formula")
+        right.set(
+            yscale="log", xlabel="blocks passed, from the output", ylabel="growth of the gradient, simple formula"
+        )
         for ax in self.axes:
             ax.legend(fontsize=8, loc="upper left")
             ax.minorticks_off()
