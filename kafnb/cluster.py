@@ -56,7 +56,7 @@ def gpu_share(experiment, data, memory):
     for module in model.modules():
         if not any(module.children()):
             module.register_forward_hook(lambda module, inputs, output: outputs.append(4 * output.numel() / 2))
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws
         model.train()(torch.zeros(2, data.in_channels, data.image_size, data.image_size))
     images = data.x_train.numel() + data.x_test.numel()
     need = images + 5 * weights + 2 * max(experiment.recipe.batch_size, 512) * sum(outputs) + 1.5 * 2**30

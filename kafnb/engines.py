@@ -6,6 +6,7 @@ in the store. Which engine did it makes no difference to the results, at an equa
 seeds its own generators.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -80,38 +81,35 @@ def processes(
     start = threads or max(1, cores // workers), pickler.dumps(yours(experiments))
     context, where = multiprocessing.get_context("spawn"), dict(store=store, device=device, data_root=data_root)
     left, bars = set(range(len(experiments))), Bars(experiments, progress)
-    for attempt in range(1 + RETRIES):
-        pool = ProcessPoolExecutor(workers, context, _start, start)
-        try:
-            todo = {pool.submit(measure, experiments[i], evaluations, **where): i for i in sorted(left)}
-            while todo:
-                done, _ = wait(todo, timeout=0.5 if progress else None, return_when=FIRST_COMPLETED)
-                for i in todo.values() if progress else ():
-                    if (folder := Path(store) / experiments[i].name).is_dir():  # some worker has begun
-                        bars.report(i, _progress(folder), epochs_of(experiments[i].recipe))
-                for future in done:
-                    future.result()
-                    bars.finished(todo[future])
-                    left.discard(todo.pop(future))
-            break
-        except BrokenProcessPool:  # a worker was killed: the unfinished resume from their checkpoints
-            if attempt == RETRIES:
-                raise
-        finally:
-            children = list((pool._processes or {}).values())  # no public name before Python 3.14
-            for child in children if left else ():  # after an error or an interrupt nobody waits for the others
-                child.terminate()
-            pool.shutdown(cancel_futures=True)
-    bars.close()
+    with contextlib.closing(bars):
+        for attempt in range(1 + RETRIES):
+            pool = ProcessPoolExecutor(workers, context, _start, start)
+            try:
+                todo = {pool.submit(measure, experiments[i], evaluations, **where): i for i in sorted(left)}
+                while todo:
+                    done, _ = wait(todo, timeout=0.5 if progress else None, return_when=FIRST_COMPLETED)
+                    for i in todo.values() if progress else ():
+                        if (folder := Path(store) / experiments[i].name).is_dir():  # some worker has begun
+                            bars.report(i, _progress(folder), epochs_of(experiments[i].recipe))
+                    for future in done:
+                        future.result()
+                        bars.finished(todo[future])
+                        left.discard(todo.pop(future))
+                break
+            except BrokenProcessPool:  # a worker was killed: the unfinished resume from their checkpoints
+                if attempt == RETRIES:
+                    raise
+            finally:
+                children = list((pool._processes or {}).values())  # no public name before Python 3.14
+                for child in children if left else ():  # after an error or an interrupt nobody waits for the others
+                    child.terminate()
+                pool.shutdown(cancel_futures=True)
 
 
 def ray(measure, experiments, evaluations, *, progress, **where):
     """See ``cluster.ray_tasks``."""
-    bars = Bars(experiments, progress)
-    try:
+    with contextlib.closing(Bars(experiments, progress)) as bars:
         ray_tasks(measure, experiments, evaluations, bars=bars, retries=RETRIES, **where)
-    finally:
-        bars.close()
 
 
 ENGINES = {"local": None, "processes": processes, "ray": ray}

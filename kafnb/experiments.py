@@ -77,6 +77,10 @@ class Experiment:
             return models.build(self.model, self.activation, data, **dict(self.options))
 
 
+def _found(device):
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def _check(experiment):
     """An experiment whose names are all known."""
     instance(experiment, Experiment, "experiments")
@@ -139,8 +143,8 @@ def run(
     for evaluation in evaluations:
         instance(evaluation, Evaluation, "evaluations")
     store, rows, spread = Path(store or default_store()), [], engines.check(engine)
-    if device == "auto" and engine != "ray":  # which knows what its cluster has
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if engine != "ray":  # which knows what its cluster has
+        device = device_of(_found(device))
     wanted = dict.fromkeys(experiments, evaluations)
     if stored:
         there = lambda e, v: measured(e, v, store, data_root)  # noqa: E731
@@ -153,9 +157,7 @@ def run(
         where = dict(store=store, data_root=data_root, device=device, progress=progress)
         if new:
             spread(measure, new, evaluations, **where, workers=workers, threads=threads, address=address)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = device_of(device)
+    device = device_of(_found(device))
     where = dict(store=store, data_root=data_root, device=device, progress=progress)
     scores, left = {}, list(dict.fromkeys(experiments))
     for _ in tqdm(range(len(left)), unit="model", leave=False, disable=not progress):

@@ -7,6 +7,7 @@ thesis' penalty, lambda * sum(w^2) over the weights of the layer types in ``l2_l
 import functools
 import inspect
 import itertools
+import re
 
 from torch import nn
 from torch.nn import functional as F
@@ -250,7 +251,7 @@ def any_layout(model):
 def maker(name):
     """The function that makes the model of this name."""
     makers = {"mlp": mlp, "textbook_cnn": textbook_cnn, "light_cnn": light_cnn, "vgg": vgg}
-    if isinstance(name, str) and name.startswith("resnet") and name[6:].isdecimal() and len(name) <= 10:
+    if isinstance(name, str) and re.fullmatch(r"resnet[1-9]\d{0,3}", name, re.ASCII):
         resnet_blocks(int(name[6:]))
         return functools.partial(resnet, int(name[6:]))
     return pick(makers | {f"resnet{d}": resnet for d in (20, 32, 44, 56, 110)}, name, "model")

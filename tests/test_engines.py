@@ -89,6 +89,22 @@ def test_an_error_in_an_experiment_comes_back(tmp_path):
         kafnb.run([wrong, *table(2)], store=tmp_path, engine="processes", workers=2)
 
 
+@pytest.mark.parametrize("engine", ["local", "processes"])
+def test_a_wrong_device_is_said_before_a_worker_starts(tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(engines, "ProcessPoolExecutor", None)  # to start one would be another error
+    with pytest.raises(ValueError, match="device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"):
+        kafnb.run(table(2), store=tmp_path, engine=engine, device="tpu")
+
+
+def test_the_bars_are_closed_after_an_error(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(engines.Bars, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(engines, "ProcessPoolExecutor", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        kafnb.run(table(2), store=tmp_path, engine="processes", progress=True)
+    assert len(closed) == 1
+
+
 def test_what_you_registered_reaches_the_workers(tmp_path, monkeypatch):
     monkeypatch.setitem(kafnb.ACTIVATIONS, "square", lambda channels: torch.nn.Softshrink(0.1))
     monkeypatch.setitem(METHODS, "once", errata.frozen_start)  # of the package, and not registered by it
@@ -190,6 +206,9 @@ def test_the_engine_is_the_notebooks_too(monkeypatch):
 
 def test_more_memory_is_more_experiments_a_gpu(digits):
     small, large = Experiment("digits", "mlp"), Experiment("digits", "resnet20", "kaf", options={"width": 64})
+    state = torch.get_rng_state()
+    cluster.gpu_share(Experiment("digits", "light_cnn"), digits, 2**30)  # its dropout draws
+    assert torch.equal(torch.get_rng_state(), state)
     shares = [cluster.gpu_share(e, digits, gib * 2**30) for e in (small, large) for gib in (1, 8, 80)]
     assert shares[0] == 1.0 and shares[2] < shares[1] <= 1 / 4  # 1.5 GiB of 8, and of 80
     assert shares[3] == 1.0 and shares[4] > shares[1] and shares[5] > shares[2]

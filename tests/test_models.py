@@ -16,6 +16,13 @@ def test_resnet_counts_of_the_literature():
         assert round(count(models.resnet(depth, block="he")) / 1e6, 2 if depth < 110 else 1) == millions
 
 
+@pytest.mark.parametrize("name", ["resnet020", "resnet0020", "resnet\u0662\u0660", "resnet20 ", "resnet"])
+def test_a_network_has_one_name(name):
+    """Two names would be two keys in the store."""
+    with pytest.raises(ValueError, match="unknown model"):
+        models.maker(name)
+
+
 def test_thesis_resnet_count():
     # stem 432 + 32; blocks of the three stages; two 3x3 skips; dense 650; batch norms 2 a channel
     stages = sum(n * (9 * c * c * 2 + 4 * c) for n, c in ((3, 16), (3, 32), (3, 64)))
