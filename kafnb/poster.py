@@ -44,7 +44,7 @@ def _kwta(ax, table):
     for i, (network, activation) in enumerate(networks.items()):
         look = {"color": figures.style(activation)["color"], "label": figures.LABELS[activation]}
         ax.bar(np.arange(len(rate)) + 0.4 * i - 0.2, rate[network], 0.4, **look)
-    ax.set_xticks(range(len(rate)), [a.replace(" ", "\n") for a in rate.index], fontsize=6.5)
+    ax.set_xticks(range(len(rate)), [a.replace(" ", "\n") for a in rate.index], fontsize=5.5)
     seen, left = rate.loc["PGD", "k-WTA, ratio falling"], rate.loc["all together", "k-WTA, ratio falling"]
     ax.set(ylabel="accuracy, %", ylim=(0, 118))
     ax.set_title(f"k-WTA hides: {seen:.0f} % stand PGD,\n{left:.0f} % stand {len(rate) - 2} attacks together")
