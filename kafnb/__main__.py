@@ -22,25 +22,16 @@ def _parser():
     figures = commands.add_parser("figures", help="run the notebooks and write their figures")
     figures.add_argument("--profile", default="quick", choices=("quick", "small", "paper"))
     figures.add_argument("--only", nargs="+", default=(), metavar="NN", help="numbers or names of notebooks")
-    figures.add_argument("--seed", type=_whole, default=0)
+    figures.add_argument("--seed", type=int, default=0)
     figures.add_argument("--device", default="auto", help="auto, cpu or cuda")
     figures.add_argument("--data-root", metavar="PATH", help="where CIFAR-10 is, or a train/, test/ image tree")
-    figures.add_argument("--jobs", type=_whole, help="notebooks at a time (default: one a core on CPU)")
+    figures.add_argument("--jobs", type=int, help="notebooks at a time (default: one a core on CPU)")
     figures.add_argument("--engine", default="local", help="where models train: local, processes or ray")
     figures.add_argument("--address", help="of a running Ray cluster (default: one is started on this machine)")
     figures.add_argument("--dry-run", action="store_true", help="the same cells on few images, kept apart in runs/dry/")
     figures.add_argument("--stored", action="store_true", help="train and attack nothing: draw what is in results/")
     figures.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (profile quick)")
     return parser
-
-
-def _whole(text):
-    if len(text) > 12:  # Python's own limit, and its message, are for four thousand digits
-        raise argparse.ArgumentTypeError("at most 12 digits")
-    return int(text)
-
-
-_whole.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
 
 
 def main(argv=None):

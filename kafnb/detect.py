@@ -4,26 +4,17 @@ import torch
 from torch import nn
 
 from .attacks import project, random_delta, still
-from .checks import count, forward, images, instance, labels, number, radius
-from .lipschitz.units import CONSTANTS
+from .attacks.losses import margin
+from .checks import count, forward, images, instance, labels, radius
+from .probes import activation_layers, capture
 
 
-def activation_layers(model):
-    """The activation modules of a network, in order."""
-    return [m for m in model.modules() if type(m) in CONSTANTS and type(m) is not nn.Identity]
-
-
-def features(model, x, layers=None):
-    """(logits, mean and standard deviation of every channel of the given layers (N, features)), differentiable in x."""
-    found, layers = [], activation_layers(model) if layers is None else layers
-    hooks = [layer.register_forward_hook(lambda m, inputs, output: found.append(output)) for layer in layers]
-    try:
+def features(model, x, layers):
+    """(logits, mean and standard deviation of every channel of the named layers (N, features)), differentiable in x."""
+    with capture(model, layers) as found:
         logits = model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     parts = []
-    for a in found:
+    for a in found.values():
         flat = a.flatten(2) if a.ndim > 2 else a[..., None]  # (N, C, P)
         parts += [flat.mean(2), flat.var(2, unbiased=False).add(1e-8).sqrt()] if flat.shape[2] > 1 else [flat[..., 0]]
     return logits, torch.cat(parts, 1)
@@ -48,7 +39,8 @@ class Detector:
         if len(images(clean)) == 0 or len(images(adversarial)) == 0:
             raise ValueError("a detector needs clean and adversarial images, at least one of each")
         with still(model), torch.no_grad(), forward(clean):
-            both = torch.cat([features(model, clean)[1], features(model, adversarial)[1]]).double()
+            self.layers = activation_layers(model, clean)
+            both = torch.cat([features(model, v, self.layers)[1] for v in (clean, adversarial)]).double()
         self.mean, self.scale = both.mean(0), both.std(0).clamp_min(1e-6)
         target = [0] * len(clean) + [1] * len(adversarial)
         fitted = LogisticRegression(C=0.1, max_iter=2000).fit(((both - self.mean) / self.scale).cpu().numpy(), target)
@@ -57,7 +49,7 @@ class Detector:
 
     def both(self, x):
         """(logits of the model, score of the detector), differentiable; the model in the mode it is in."""
-        logits, f = features(self.model, x)
+        logits, f = features(self.model, x, self.layers)
         return logits, ((f.double() - self.mean) / self.scale) @ self.weight + self.bias
 
     def score(self, x):
@@ -67,20 +59,18 @@ class Detector:
 
 
 @torch.enable_grad()
-def joint_attack(detector, x, y, *, eps, step_size=None, steps=40, weight=1.0):
+def joint_attack(detector, x, y, *, eps, steps=40):
     """Ascent on the margin and on minus the detector's score at once: images that are wrong and look clean.
 
-    Every step raises ``min(max_{j != y} z_j - z_y, 0.1) + weight * log sigmoid(-score)``: once an image is wrong by
+    Every step raises ``min(max_{j != y} z_j - z_y, 0.1) + log sigmoid(-score)``: once an image is wrong by
     0.1, only its score counts (after Carlini and Wagner, AISec 2017, arXiv:1705.07263). Returns of each image the point
     along the way that is wrong with the lowest score; the last point if there is none.
     """
     instance(detector, Detector, "detector")
     radius(eps)
     count(steps, "steps")
-    number(weight, "weight", low=0)
     labels(y, len(images(x)))
-    step_size = 2.5 * eps / steps if step_size is None else number(step_size, "step_size", low=0)
-    best, best_score = None, torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    best_score = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
     with still(detector.model):
         x_adv = project(x, random_delta(x, eps), eps)
         best = x_adv.clone()
@@ -90,14 +80,13 @@ def joint_attack(detector, x, y, *, eps, step_size=None, steps=40, weight=1.0):
                 logits, score = detector.both(x_adv)
             if i == 0:
                 labels(y, classes=logits.shape[1])
-            own = logits.gather(1, y[:, None])[:, 0]
-            margin = logits.scatter(1, y[:, None], -torch.inf).amax(1) - own  # > 0: wrong
-            better = (margin > 0) & (score < best_score)
+            lead = margin(logits, y)  # > 0: wrong
+            better = (lead > 0) & (score < best_score)
             best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_adv.detach(), best)
             best_score = torch.where(better, score.detach(), best_score)
             if i < steps:
-                objective = nn.functional.logsigmoid(-score) * weight + margin.clamp_max(0.1)
+                objective = nn.functional.logsigmoid(-score) + lead.clamp_max(0.1)
                 gradient = torch.autograd.grad(objective.sum(), x_adv)[0]
-                x_adv = project(x, x_adv.detach() + step_size * gradient.sign() - x, eps)
+                x_adv = project(x, x_adv.detach() + 2.5 * eps / steps * gradient.sign() - x, eps)
         none = torch.isinf(best_score).view(-1, *[1] * (x.ndim - 1))
         return torch.where(none, x_adv.detach(), best)

@@ -39,12 +39,17 @@ def steps_on(net, model, x, y, index, optimizer, scaler, recipe, state, lr_at):
         scaler.scale(loss).backward()
         if recipe.monitor and not scaler.is_enabled() and (layer := first_nonfinite(model)):
             raise Diverged(f"the gradient of {layer} is not finite")  # before clipping makes all of them so
-        if recipe.clip is not None:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        scaler.step(optimizer)
-        scaler.update()
+        finish(model, optimizer, scaler, recipe)
         yield loss.detach() * len(yb), (logits.detach().argmax(1) == yb).sum()
+
+
+def finish(model, optimizer, scaler, recipe):
+    """A step of the optimiser with the gradients that are there, clipped if the recipe says so."""
+    if recipe.clip is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def one_pass(model, x, y, optimizer, scaler, recipe, lr_at, done=(0.0, 1.0), graphed=None):

@@ -1,19 +1,16 @@
 """Clean and robust accuracy, with the label protocol as an explicit choice."""
 
-import contextlib
 import dataclasses
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from .attacks import still
-from .checks import count, forward, images, instance, labels, number, shown
+from .checks import count, forward, images, instance, labels, shown
 from .checks import seed as seed_of
 from .data import Data
 
 LABELS = ("true", "predicted")
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,22 +48,14 @@ class Score:
         return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] (n = {self.n}, {how})"
 
 
-def wilson(successes, n, confidence=0.95):
-    """Wilson score interval of a proportion, (low, high)."""
+def wilson(successes, n):
+    """95 % Wilson score interval of a proportion, (low, high)."""
     from scipy.stats import binomtest
 
     count(n, "n")
     count(successes, "successes", low=0, high=n)
-    number(confidence, "confidence", above=0, high=1)
-    interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def worst_case(*scores):
-    """The union of several attacks on the same images: an image counts if it stood all of them."""
-    if len({(s.n, s.labels) for s in scores}) != 1:
-        raise ValueError(f"worst_case needs scores of the same images and labels, got {[str(s) for s in scores]}")
-    return Score(np.logical_and.reduce([s.correct for s in scores]), scores[0].labels)
 
 
 def _images(data, n):
@@ -85,16 +74,11 @@ def _images(data, n):
     return x, y
 
 
-def predict(model, x, batch_size=None):
+def predict(model, x, batch_size=None, y=None):
     """Predicted class of each image, int64 (N,), in eval mode without gradients; -1 where logits are NaN.
 
-    ``batch_size``: default as in ``robust_accuracy``.
+    ``batch_size``: default as in ``robust_accuracy``. The labels ``y``, if given, must be among the classes.
     """
-    return _answers(model, x, None, batch_size)
-
-
-def _answers(model, x, y, batch_size):
-    """What ``predict`` returns; the labels y, if given, must be among the classes."""
     device, answers = _device(model), []
     if len(images(x, box=False)) == 0:
         raise ValueError("predict needs at least one image")
@@ -122,12 +106,10 @@ def _device(model):
 def clean_accuracy(model, data, *, n=None, batch_size=None):
     """Accuracy on the first n test images of ``data`` (a ``Data``, or a pair of tensors images, labels)."""
     x, y = _images(data, n)
-    return Score((_answers(model, x, y, batch_size) == y.cpu()).numpy(), "none")
+    return Score((predict(model, x, batch_size, y) == y.cpu()).numpy(), "none")
 
 
-def robust_accuracy(
-    model, data, attack, labels="true", *, n=None, batch_size=None, seed=0, precision="float32", progress=False
-):  # fmt: skip
+def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=None, seed=0):
     """Accuracy under attack.
 
     Parameters
@@ -149,10 +131,6 @@ def robust_accuracy(
         Images attacked at a time; default 512, off the CPU 2048 of up to 32x32.
     seed : int
         Of the attack's random starts.
-    precision : {"float32", "bfloat16", "float16"}
-        Of the attack's own passes, by autocast. Answers are always taken without it.
-    progress : bool
-        A bar with the share that stands of the images attacked so far.
 
     Returns
     -------
@@ -160,8 +138,6 @@ def robust_accuracy(
     """
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {LABELS}, got {labels!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {precision!r}")
     seed_of(seed)
     x, y = _images(data, n)
     attacks = list(attack) if isinstance(attack, list | tuple) else [attack]
@@ -169,28 +145,21 @@ def robust_accuracy(
         if not callable(one):
             raise TypeError(f"attack must be a function attack(model, x, y), or a list of such, got {shown(one)}")
     device = _device(model)
-    answer, truth = _answers(model, x, y, batch_size), y.cpu()
+    answer, truth = predict(model, x, batch_size, y), y.cpu()
     told = truth if labels == "true" else answer
     correct = (answer == truth).numpy()
     size = _batch_size(batch_size, device, x)
     groups = [correct] if labels == "true" else [correct, ~correct & (answer >= 0).numpy()]
     batches = [batch for group in groups for batch in torch.from_numpy(np.flatnonzero(group)).split(size) if len(batch)]
-    lower = contextlib.nullcontext()
-    if PRECISIONS[precision]:
-        lower = torch.autocast(device.type, PRECISIONS[precision])
-    bar = tqdm(total=sum(map(len, batches)), unit="image", leave=False, disable=not progress)
-    with torch.random.fork_rng(), bar:
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for i, batch in enumerate(batches, 1):
+        for batch in batches:
             standing = torch.ones(len(batch), dtype=torch.bool)
             for one in attacks:
                 rows = standing.nonzero()[:, 0] if labels == "true" else torch.arange(len(batch))
                 if len(rows) == 0:  # nothing left to attack
                     continue
-                with lower:
-                    x_adv = one(model, x[batch[rows]].to(device), told[batch[rows]].to(device))
+                x_adv = one(model, x[batch[rows]].to(device), told[batch[rows]].to(device))
                 standing[rows] &= predict(model, x_adv.to(x.dtype), batch_size) == truth[batch[rows]]
             correct[batch.numpy()] = standing.numpy()
-            bar.update(len(batch))
-            bar.set_postfix(standing=f"{correct[torch.cat(batches[:i]).numpy()].mean():.3f}")
     return Score(correct, labels)

@@ -25,14 +25,9 @@ ATTACKS = {
     "deepfool": (library_attacks, ()),
 } | dict.fromkeys(_ADAPTIVE, (adaptive, _STEPS))
 TITLES = {
-    "fgsm": "FGSM",
-    "pgd": "PGD",
-    "apgd": "APGD",
-    "autoattack": "AutoAttack",
-    "square": "Square",
-    "cw": "C&W",
+    "fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "autoattack": "AutoAttack", "square": "Square", "cw": "C&W",
     "deepfool": "DeepFool",
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,7 @@ In Hermite polynomials f = sum c_n h_n this is sum n c_n^2 / sum_{n>0} c_n^2, th
 for straight lines. Notebook 13 derives it and what residual blocks make of it.
 """
 
-import contextlib
 import copy
-import functools
 import math
 
 import numpy as np
@@ -25,6 +23,7 @@ from .attacks import frozen
 from .kwta import KWTA
 from .meanfield import predict
 from .models import out_of_place
+from .probes import capture
 
 
 def _nodes(equal):
@@ -63,14 +62,6 @@ def chi_of(f, channels=1):
     return float(slopes.sum() / variances.sum())
 
 
-def _chi(activation, channels=4096, seed=0):
-    make = functools.partial(named_activation, activation) if isinstance(activation, str) else activation
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        f = make(channels)
-    return chi_of(f, channels)
-
-
 def growth_factor(name, block=None, *, depth=56, image_size=16, seeds=2):
     """Growth of the gradient through an activation behind batch normalisation, at initialisation.
 
@@ -100,7 +91,9 @@ def growth_factor(name, block=None, *, depth=56, image_size=16, seeds=2):
     if not callable(name):
         checks.pick(ACTIVATIONS, name, "activation")
     if block is None:
-        return _chi(name)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return chi_of(name(4096) if callable(name) else named_activation(name, 4096), 4096)
     checks.count(seeds, "seeds")
     logs = []
     for seed in range(seeds):
@@ -138,25 +131,9 @@ def kaf_moments(dictionary, bandwidth):
 
 
 def _watched(model):
-    """The parts whose outputs are measured: residual blocks where there are some, else the layers in order."""
+    """Names of the parts whose outputs are measured: residual blocks where there are some, else the layers in order."""
     blocks = getattr(model, "blocks", None)
-    return {f"blocks.{n}": m for n, m in blocks.named_children()} if blocks else dict(model.named_children())
-
-
-@contextlib.contextmanager
-def _outputs(watched):
-    """Inside, the latest output of each watched part is collected in the dict that is given."""
-    outputs = {}
-
-    def keep(name):
-        return lambda module, inputs, output: outputs.__setitem__(name, output)
-
-    hooks = [m.register_forward_hook(keep(name)) for name, m in watched.items()]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return [f"blocks.{n}" for n, _ in blocks.named_children()] if blocks else [n for n, _ in model.named_children()]
 
 
 def measure(model, batch, dtype=None):
@@ -185,7 +162,7 @@ def measure(model, batch, dtype=None):
     checks.labels(y, len(x))
     p = next(model.parameters(), x)
     model = out_of_place(copy.deepcopy(model)).to(dtype=dtype or p.dtype).train()  # batch statistics move in the copy
-    with torch.random.fork_rng(), torch.enable_grad(), frozen(model), _outputs(_watched(model)) as outputs:
+    with torch.random.fork_rng(), torch.enable_grad(), frozen(model), capture(model, _watched(model)) as outputs:
         torch.manual_seed(0)  # of dropout
         with checks.forward(x):
             logits = model(x.detach().to(p.device, dtype or p.dtype).requires_grad_())

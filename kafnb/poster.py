@@ -100,14 +100,7 @@ def poster(folder):
     figures.use_style()
     figure = Figure(figsize=(13, 7))
     axes = figure.subplots(2, 3)
-    draw = {
-        "kafs": _kafs,
-        "attack": _attack,
-        "kwta": _kwta,
-        "depth": _depth,
-        "training": _training,
-        "resnet20": _resnet20,
-    }
+    draw = dict(kafs=_kafs, attack=_attack, kwta=_kwta, depth=_depth, training=_training, resnet20=_resnet20)
     for ax, (panel, table) in zip(axes.flat, tables.items(), strict=True):
         draw[panel](ax, table)
     manifest = figures.read_manifest(folder).get("figures", {})

@@ -155,24 +155,20 @@ class Session:
         Its file name without suffix; figures are named after it.
     profile, seed, device, data_root
         The notebook's parameters.
-    engine, address : str, optional
-        Of ``kafnb.run``; default the environment's KAFNB_ENGINE and KAFNB_ADDRESS (what ``python -m kafnb figures
-        --engine ray --address ...`` sets), else "local". With "ray" the GPU may be the cluster's alone.
 
-    With KAFNB_STORED=1 in the environment (``--stored``) nothing is trained or attacked: ``stored`` is True, and tables
-    have what is in the store.
+    The environment's KAFNB_ENGINE and KAFNB_ADDRESS (set by ``python -m kafnb figures --engine ray --address ...``) say
+    where models train, see ``kafnb.run``; with "ray" the GPU may be the cluster's alone. With KAFNB_STORED=1
+    (``--stored``) nothing is trained or attacked: ``stored`` is True, and tables have what is in the store.
     """
 
-    def __init__(
-        self, notebook, profile="quick", seed=0, device="auto", data_root=None, engine=None, address=None
-    ):  # fmt: skip
+    def __init__(self, notebook, profile="quick", seed=0, device="auto", data_root=None):
         if not isinstance(profile, str) or profile not in PROFILES:
             raise ValueError(f"profile must be one of {tuple(PROFILES)}, got {profile!r}")
         seed = checked_seed(int(seed) if isinstance(seed, str) and re.fullmatch(r"-?\d{1,12}", seed) else seed)
         self.notebook, self.profile = file_name(notebook, "notebook"), shorten(PROFILES[profile])
         self.seed = seed
-        self.engine = engine or os.environ.get("KAFNB_ENGINE") or "local"
-        self.address = address or os.environ.get("KAFNB_ADDRESS") or None
+        self.engine = os.environ.get("KAFNB_ENGINE") or "local"
+        self.address = os.environ.get("KAFNB_ADDRESS") or None
         engines.check(self.engine)
         self.stored, self.computed_on = os.environ.get("KAFNB_STORED") == "1", set()
         self.device = resolve_device(device, self.profile.needs_gpu and self.engine != "ray" and not self.stored)

@@ -8,16 +8,11 @@ from .paths import home, write_atomically
 from .profiles import PROFILES
 
 BEGIN, END = "<!-- results: written from figures/ by python -m kafnb figures --keep -->\n", "<!-- end of results -->"
-# network, its name in a profile's epochs, the stored table, what the thesis has of it
+# network, its name in a profile's epochs, the stored table, what the thesis has of it, last two columns
 TABLES = [
     ("light CNN, standard training (09)", "light_cnn", "09_activation_distributions_scores", thesis.LIGHT_CNN),
-    ("VGG-inspired, FGSM-RS (12)", "vgg", "12_vgg_evaluation_scatter", {k: v[2:] for k, v in thesis.VGG.items()}),
-    (
-        "ResNet20, FGSM-RS (14)",
-        "resnet",
-        "14_resnet20_evaluation_scatter",
-        {k: v[2:] for k, v in thesis.RESNET20.items()},
-    ),
+    ("VGG-inspired, FGSM-RS (12)", "vgg", "12_vgg_evaluation_scatter", thesis.VGG),
+    ("ResNet20, FGSM-RS (14)", "resnet", "14_resnet20_evaluation_scatter", thesis.RESNET20),
 ]
 
 
@@ -41,7 +36,7 @@ def scores(table, said):
         for column, wanted in columns.items():
             for r in table[wanted & (table.activation == activation)].head(1).itertuples():
                 row[column] = f"{100 * r.mean:.1f} [{100 * r.mean_low:.1f}, {100 * r.mean_high:.1f}]"
-        clean, robust = said.get(activation, ("", ""))
+        clean, robust = said.get(activation, ("", ""))[-2:]
         rows.append(row | {"thesis, CIFAR-10: clean": clean, "attacked": robust})
     return pd.DataFrame(rows)
 

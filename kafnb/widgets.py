@@ -61,29 +61,23 @@ def _value(control):
 def explore(view, **controls):
     """Show a view with its sliders: ``name=[options]``, ``name=(low, high, start)`` or ``name=Bank(...)``.
 
-    Without ipywidgets, the picture alone.
-
     Returns
     -------
     Figure
         As it starts, to be saved.
     """
+    import ipywidgets
     from IPython import display as show
 
     def picture(values):
         return show.Image(view.png(**values), format="png", alt=describe(view.figure))
 
-    try:
-        rows = {name: _control(name, spec) for name, spec in controls.items()}
-        from ipywidgets import Box
-    except ImportError:
-        rows = {}
-    if rows:
-        box = Box(list(rows.values()), layout={"flex_flow": "row wrap"})
-        text = f"sliders, when run in JupyterLab: {', '.join(controls)}"
-        show.display(
-            {VIEW: {"version_major": 2, "version_minor": 0, "model_id": box.model_id}, "text/plain": text}, raw=True
-        )
+    rows = {name: _control(name, spec) for name, spec in controls.items()}
+    box = ipywidgets.Box(list(rows.values()), layout={"flex_flow": "row wrap"})
+    text = f"sliders, when run in JupyterLab: {', '.join(controls)}"
+    show.display(
+        {VIEW: {"version_major": 2, "version_minor": 0, "model_id": box.model_id}, "text/plain": text}, raw=True
+    )
     shown = show.display(picture({name: start(spec) for name, spec in controls.items()}), display_id=True)
 
     def moved(change):

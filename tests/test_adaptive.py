@@ -134,7 +134,7 @@ def findings(model, digits, source=None, n=50):
 
 
 def test_checklist_passes_the_sound_and_finds_each_kind(digit_nets, digits):
-    pytest.importorskip("pyautoattack", reason="needs pyautoattack, of the extra 'attacks'")
+    pytest.importorskip("pyautoattack")
     relu, swish = digit_nets["relu"], digit_nets["swish"]
     assert findings(swish, digits, relu) == set()
     assert "softmax outputs" in findings(nn.Sequential(swish, nn.Softmax(1)), digits)
@@ -161,7 +161,7 @@ def test_mismatch_holds_a_gradient_against_the_loss(net, images):
 
 
 def test_checklist_leaves_no_trace(digit_nets, digits):
-    pytest.importorskip("pyautoattack", reason="needs pyautoattack, of the extra 'attacks'")
+    pytest.importorskip("pyautoattack")
     model, state = digit_nets["swish"].train(), torch.get_rng_state()
     model.zero_grad()
     checklist.checklist(model, digits, eps=0.1, n=10, steps=2, queries=5)

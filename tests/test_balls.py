@@ -29,7 +29,7 @@ def test_l1_projection_by_a_root_finder_and_by_the_authors_code():
         ours = balls.project(x, delta, eps, "l1") - x
         slow = [nearest_l1(a.flatten().numpy(), d.flatten().numpy(), eps) for a, d in zip(x, delta, strict=True)]
         assert np.allclose(ours.flatten(1), slow, atol=1e-10)
-        base = pytest.importorskip("pyautoattack.autopgd_base", reason="needs pyautoattack, the extra 'attacks'")
+        base = pytest.importorskip("pyautoattack.autopgd_base")
         theirs = base.L1_projection(x.float(), delta.float(), eps)  # a correction of delta
         assert np.allclose(ours, (delta.float() + theirs).double(), atol=2e-5)
 

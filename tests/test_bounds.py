@@ -219,19 +219,13 @@ def trained(digits):
 @pytest.mark.parametrize("method", certify.METHODS)
 def test_no_attack_reaches_what_is_certified(trained, digits, activation, method):
     model, (x, y) = trained[activation], digits.test(40)
-    radius = certify.certified_radius(model, x, y, method)
-    assert 0.005 < radius.median() < 0.2
-    for scale in (0.999, 0.5):
-        for i in range(0, 40, 8):  # an attack has one eps a call
-            proved = radius[i : i + 8] > 0
-            eps = float(radius[i : i + 8][proved].min()) * scale if proved.any() else 0.0
-            xb, yb = x[i : i + 8][proved], y[i : i + 8][proved]
-            adv = kafnb.attacks.pgd(model, xb, yb, eps=eps, steps=20, restarts=3)
-            assert (model(adv).argmax(1) == yb).all()
-    broken = kafnb.attacks.pgd(model, x, y, eps=0.3, steps=20)
-    reached = (broken - x).flatten(1).abs().amax(1).double()
-    wrong = model(broken).argmax(1) != y
-    assert wrong.any() and (radius[wrong] <= reached[wrong]).all()
+    shares = []
+    for eps in (0.005, 0.01, 0.02, 0.04, 0.08, 0.3):
+        proved = certify.certified(model, x, y, eps, method)
+        shares.append(proved.float().mean().item())
+        adv = kafnb.attacks.pgd(model, x, y, eps=eps, steps=20, restarts=3)
+        assert not (proved & (model(adv).argmax(1) != y)).any()
+    assert shares[0] > 0.5 and shares[-1] < 0.2, shares
 
 
 def test_methods_in_order_of_tightness(trained, digits):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kafnb
-from kafnb import attacks, detect
+from kafnb import attacks, detect, probes
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +38,15 @@ def test_the_joint_attack_passes_it_within_the_ball(fooled):
 def test_score_is_the_logistic_regression(fooled):
     model, detector, x, _ = fooled
     with torch.no_grad():
-        f = detect.features(model, x)[1].double()
+        f = detect.features(model, x, detector.layers)[1].double()
     assert torch.allclose(detector.score(x), ((f - detector.mean) / detector.scale) @ detector.weight + detector.bias)
 
 
 def test_features_of_a_convolutional_network(digits):
     model, x = kafnb.models.light_cnn("relu", in_channels=1, image_size=8).train(), digits.test(6)[0].requires_grad_()
-    seen = []
+    seen, layers = [], probes.activation_layers(model, x)
     hook = model[2].register_forward_hook(lambda m, i, o: seen.append(o))
-    logits, f = detect.features(model, x)
+    logits, f = detect.features(model, x, layers)
     hook.remove()
     assert f.shape == (6, 2 * (32 + 32 + 64 + 64) + 128) and logits.shape == (6, 10)
     assert torch.allclose(f[:, :32], seen[0].mean((2, 3)))
@@ -66,4 +66,5 @@ def test_model_is_left_as_it_was(fooled):
 @pytest.mark.parametrize("name", ["srelu", "maxout", "apl", "kwta"])
 def test_every_activation_has_features(name):
     model, x = kafnb.models.mlp(name, hidden=(8, 6)), torch.rand(3, 1, 8, 8)
-    assert [len(v) for v in detect.features(model, x)] == [3, 3] and detect.features(model, x)[1].shape[1] == 14
+    logits, f = detect.features(model, x, probes.activation_layers(model, x))
+    assert len(logits) == 3 and f.shape == (3, 14)

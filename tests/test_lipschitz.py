@@ -307,7 +307,6 @@ def test_bound_of_a_linear_network_is_exact():
     x = torch.randn(3, 6, dtype=torch.float64)
     assert lipschitz.network_bound(model, x) == pytest.approx(9.0, rel=1e-9)
     assert lipschitz.jacobian_norms(model, x, iterations=100).numpy() == pytest.approx(9.0, rel=1e-6)
-    assert lipschitz.factors(model, x).factor.tolist() == pytest.approx([3.0, 3.0])
 
 
 def test_pooling_factors():

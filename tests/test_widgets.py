@@ -3,7 +3,6 @@
 import statistics
 import time
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -133,14 +132,6 @@ def test_moving_a_slider_replaces_the_picture(monkeypatch):
         control.value = value
     assert len(screen.updates) == 3 and len({p.data for p in [picture, *screen.updates]}) == 4
     assert "relu" in screen.updates[-1].alt
-
-
-def test_without_ipywidgets_the_picture_alone(monkeypatch):
-    screen = Screen(monkeypatch)
-    monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
-    widgets.explore(views.KwtaLine(), ratio=(0.05, 1.0, 0.15))
-    (picture,) = screen.shown
-    assert matplotlib.image.imread(__import__("io").BytesIO(picture.data)).std() > 0
 
 
 def test_stored_notebooks_keep_the_picture_and_no_widget():

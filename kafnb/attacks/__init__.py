@@ -11,20 +11,20 @@ import math
 import torch
 
 from .. import checks
-from .ascent import SCHEDULES, ascend, frozen, input_gradient, logits_and_gradient, still
+from .ascent import ascend, frozen, input_gradient, logits_and_gradient, still
 from .balls import NORMS, project, random_delta, steepest
 from .fast import twin
 from .losses import LOSSES, cross_entropy, towards
 
 __all__ = [
-    "NORMS", "SCHEDULES", "ascend", "cross_entropy", "fgsm", "frozen", "input_gradient", "logits_and_gradient", "pgd",
-    "project", "random_delta", "steepest", "still",
+    "NORMS", "ascend", "cross_entropy", "fgsm", "frozen", "input_gradient", "logits_and_gradient", "pgd", "project",
+    "random_delta", "steepest", "still",
 ]  # fmt: skip
 
 
 def pgd(
     model, x, y, *, eps, step_size=None, steps=10, restarts=1, norm="linf", targeted=False, random_start=True,
-    loss="ce", momentum=0.0, schedule="constant", early_stop=False, fast=True, surrogate=None, gradient=None,
+    loss="ce", early_stop=False, fast=True, surrogate=None, gradient=None,
 ):  # fmt: skip
     """Projected gradient descent.
 
@@ -48,10 +48,6 @@ def pgd(
     random_start : bool
         Fresh uniform draw from the ball at every call and restart.
     loss : {"ce", "margin", "dlr"}
-    momentum : float
-        See ``ascend``; 0 is plain PGD.
-    schedule : {"constant", "linear", "cosine"} or callable
-        Factor of the step size by the share of steps done.
     early_stop : bool
         An image that is broken at any step stays there and leaves the batch. It then counts as broken even if a later
         step would have mended it, so this finds at least what the last step alone does.
@@ -74,17 +70,14 @@ def pgd(
     checks.count(steps, "steps")
     checks.count(restarts, "restarts")
     checks.number(step_size, "step_size", low=0, optional=True)
-    checks.number(momentum, "momentum", low=0)
     if restarts > 1 and not random_start:
         raise ValueError("restarts > 1 without random_start would repeat the same attack")
     if targeted not in (False, True, "all"):
         raise ValueError(f"targeted must be False, True or 'all', got {checks.shown(targeted)}")
-    if not callable(schedule):
-        checks.pick(SCHEDULES, schedule, "schedule")
     sign, raised = (-1 if targeted is True else 1), _within(checks.pick(LOSSES, loss, "loss"))
     if surrogate is not None:
         checks.instance(surrogate, torch.nn.Module, "surrogate")
-    options = dict(eps=eps, steps=steps, norm=norm, momentum=momentum, schedule=schedule)
+    options = dict(eps=eps, steps=steps, norm=norm)
     options |= {} if gradient is None else {"gradient": gradient}
     options["step_size"] = 2.5 * eps / steps if step_size is None else step_size
     best, best_loss = x.clone(), torch.full((len(x),), -float("inf"), device=x.device)

@@ -51,7 +51,7 @@ def averaged(draws, radius):
 class SmoothKWTA(nn.Module):
     """k-WTA whose backward pass is that of x * sigmoid((x - threshold) / temperature); forward as it is."""
 
-    def __init__(self, layer, temperature):
+    def __init__(self, layer, temperature=0.2):
         super().__init__()
         self.layer, self.temperature = layer, temperature
 
@@ -69,21 +69,16 @@ def neighbours(model, x, y, *, eps, draws=4, radius=None, **options):
     return pgd(model, x, y, eps=eps, gradient=averaged(draws, eps / 10 if radius is None else radius), **options)
 
 
-def kwta_smooth(model, x, y, *, eps, temperature=0.2, **options):
+def kwta_smooth(model, x, y, *, eps, **options):
     """PGD with every k-WTA's backward pass replaced by a smooth one (``SmoothKWTA``)."""
     _check(model, x, y, eps, "linf")
-    number(temperature, "temperature", above=0)
-    surrogate = swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
-    return pgd(model, x, y, eps=eps, surrogate=surrogate, **options)
+    return pgd(model, x, y, eps=eps, surrogate=swapped(model, KWTA, SmoothKWTA), **options)
 
 
-def kwta_both(model, x, y, *, eps, temperature=0.2, draws=4, radius=None, **options):
+def kwta_both(model, x, y, *, eps, **options):
     """The smooth backward pass, averaged over random neighbours."""
     _check(model, x, y, eps, "linf")
-    number(temperature, "temperature", above=0)
-    surrogate = swapped(model, KWTA, functools.partial(SmoothKWTA, temperature=temperature))
-    gradient = averaged(draws, eps / 10 if radius is None else radius)
-    return pgd(model, x, y, eps=eps, surrogate=surrogate, gradient=gradient, **options)
+    return kwta_smooth(model, x, y, eps=eps, gradient=averaged(4, eps / 10), **options)
 
 
 # --- KAF ---------------------------------------------------------------------------------------------------------
@@ -105,14 +100,14 @@ def in_double(model):
 
 
 class OpenTails(nn.Module):
-    """A KAF whose backward pass beyond ``reach`` is that at ``reach``: a saturated unit passes a gradient on."""
+    """A KAF whose backward pass beyond its boundary is that there: a saturated unit passes a gradient on."""
 
-    def __init__(self, layer, reach=1.0):
+    def __init__(self, layer):
         super().__init__()
-        self.layer, self.reach = layer, reach * layer.boundary
+        self.layer = layer
 
     def forward(self, x):
-        inside = x.detach().clamp(-self.reach, self.reach)
+        inside = x.detach().clamp(-self.layer.boundary, self.layer.boundary)
         held = self.layer(inside + (x - x.detach()))  # its slope in x is f'(inside)
         return held + (self.layer(x) - held).detach()
 
@@ -155,23 +150,17 @@ def double(model, x, y, *, eps, **options):
     return pgd(model, x, y, eps=eps, gradient=in_double(model), **options)
 
 
-def kaf_tails(model, x, y, *, eps, reach=1.0, **options):
+def kaf_tails(model, x, y, *, eps, **options):
     """PGD with the KAFs' tails replaced in the backward pass (``OpenTails``)."""
     _check(model, x, y, eps, "linf")
-    number(reach, "reach", above=0)
-    surrogate = swapped(model, KAF, functools.partial(OpenTails, reach=reach))
-    return pgd(model, x, y, eps=eps, surrogate=surrogate, **options)
+    return pgd(model, x, y, eps=eps, surrogate=swapped(model, KAF, OpenTails), **options)
 
 
-def kaf_annealed(model, x, y, *, eps, steps=20, widths=(0.5, 0.25, 0.1, 0.0), **options):
-    """PGD that begins on a smoothed network and ends on the model: each KAF averaged over noise of ``widths``."""
+def kaf_annealed(model, x, y, *, eps, steps=20, **options):
+    """PGD that begins on a smoothed network and ends on the model: KAFs averaged over noise of 0.5, 0.25, 0.1, 0."""
     _check(model, x, y, eps, "linf")
     count(steps, "steps")
-    for tau in instance(widths, list | tuple, "widths"):
-        number(tau, "widths", low=0)
-    if not widths:
-        raise ValueError("kaf_annealed needs at least one of widths")
-    nets = [swapped(model, KAF, functools.partial(smoothed, tau=tau)) if tau else model for tau in widths]
+    nets = [swapped(model, KAF, functools.partial(smoothed, tau=tau)) if tau else model for tau in (0.5, 0.25, 0.1, 0)]
     return pgd(model, x, y, eps=eps, steps=steps, gradient=_Annealed(nets, steps), **options)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 
 import torch
 
@@ -51,16 +50,9 @@ def input_gradient(model, x, y):
     return logits_and_gradient(model, x, lambda logits: cross_entropy(logits, y))[1]
 
 
-SCHEDULES = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-}
-
-
 def ascend(
-    model, x, y, delta, *, eps, step_size, steps, norm="linf", sign=1, loss=cross_entropy, momentum=0.0,
-    schedule="constant", broken=None, gradient=logits_and_gradient,
+    model, x, y, delta, *, eps, step_size, steps, norm="linf", sign=1, loss=cross_entropy, broken=None,
+    gradient=logits_and_gradient,
 ):  # fmt: skip
     """Projected gradient ascent on ``loss(logits, y)`` from x + delta, the model as it is; ``sign=-1`` descends.
 
@@ -68,35 +60,25 @@ def ascend(
     ----------
     y : Tensor, shape (N,) or (N, any)
         What ``loss`` is told of each image.
-    momentum : float
-        Weight of the earlier gradients, each scaled to mean size 1 (MI-FGSM, arXiv:1710.06081).
-    schedule : str or callable
-        Factor of the step size as a function of the share of steps done.
     broken : callable, optional
         ``broken(x_adv, y, logits)`` -> bool (N,): these images stay where they are and leave the batch.
     gradient : callable
         In place of ``logits_and_gradient``.
     """
-    factor = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    x_adv, velocity = project(x, delta, eps, norm), None
-    result, rows = x_adv, None
-    for i in range(steps):
+    x_adv = result = project(x, delta, eps, norm)
+    rows = None
+    for _ in range(steps):
         logits, g = gradient(model, x_adv, functools.partial(_told, loss, y))
         if broken is not None and (done := broken(x_adv, y, logits)).any():
             rows = torch.arange(len(x), device=x.device) if rows is None else rows
             result = result.clone() if result is x_adv else result
             result[rows[done]], keep = x_adv[done], ~done
             x, y, x_adv, g, rows = (v[keep] for v in (x, y, x_adv, g, rows))
-            velocity = velocity if velocity is None else velocity[keep]
             if len(x) == 0:
                 return result
-        if momentum:
-            g = g / g.flatten(1).abs().mean(1).clamp_min(1e-30).view(-1, *[1] * (x.ndim - 1))
-            velocity = g if velocity is None else momentum * velocity + g
-            g = velocity
         if norm == "l1":  # a pixel at 0 or 1 cannot go further: leave the step to others
             g = torch.where((x_adv <= 0) & (sign * g < 0) | (x_adv >= 1) & (sign * g > 0), 0, g)
-        step = sign * step_size * factor(i / steps) * steepest(g, norm)
+        step = sign * step_size * steepest(g, norm)
         x_adv = project(x, x_adv + step - x, eps, norm)
     if rows is None:
         return x_adv

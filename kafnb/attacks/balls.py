@@ -54,9 +54,8 @@ def _project_l1(x, delta, eps):
     """
     a = delta.flatten(1).abs().double()
     room = torch.where(delta > 0, 1 - x, x).flatten(1).double()
-    corners = torch.cat([a - room, a], 1).clamp_min(
-        0
-    )  # below the first a pixel stands at its bound, above the second at 0
+    # below the first a pixel stands at its bound, above the second at 0
+    corners = torch.cat([a - room, a], 1).clamp_min(0)
     order = corners.argsort(1)
     corners = corners.gather(1, order)
     start = torch.minimum(a, room).sum(1, keepdim=True)  # the sum at lam = 0

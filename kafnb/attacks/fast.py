@@ -20,7 +20,7 @@ from ..models import HeBlock, PreactBlock, ThesisBlock, any_layout
 KNOWN = ("torch.nn.modules", "kafnb.models", "kafnb.kaf", "kafnb.kwta", "kafnb.parametric", "kafnb.attacks.fast")
 
 
-def _affine(norm):
+def affine(norm):
     """s and t of a batch normalisation in eval mode, each (C,)."""
     s = torch.rsqrt(norm.running_var + norm.eps)
     s = s if norm.weight is None else norm.weight * s
@@ -48,8 +48,8 @@ class _Residual(nn.Module):
 
     def __init__(self, block):
         super().__init__()
-        s, t = _affine(block.bn2)
-        self.conv1, self.act1 = _scaled(block.conv1, *_affine(block.bn1)), _behind_conv(block.act1)
+        s, t = affine(block.bn2)
+        self.conv1, self.act1 = _scaled(block.conv1, *affine(block.bn1)), _behind_conv(block.act1)
         self.conv2, self.act2 = _scaled(block.conv2, s, t), _behind_conv(block.act2)
         self.skip, scale = block.skip, None
         if type(block) is ThesisBlock:
@@ -101,7 +101,7 @@ def _fold(module):
     for conv, norm in pairs:
         first, second = getattr(module, conv), getattr(module, norm)
         if type(first) is nn.Conv2d and type(second) is nn.BatchNorm2d and second.running_var is not None:
-            setattr(module, conv, _scaled(first, *_affine(second)))
+            setattr(module, conv, _scaled(first, *affine(second)))
             setattr(module, norm, nn.Identity())
 
 

@@ -13,6 +13,7 @@ from scipy.stats import beta, binomtest, norm
 from torch import nn
 
 from ..attacks import still
+from ..attacks.losses import margin
 from ..checks import count, forward, images, instance, labels, number, radius, shown
 from .bounds import interval_bounds
 from .crown import crown_bounds
@@ -29,7 +30,7 @@ def _against(y, classes):
 
 
 @torch.no_grad()
-def margin_bound(model, x, y, eps, method="crown", batch_size=64):
+def margin_bound(model, x, y, eps, method="crown"):
     """Lower bound of min_j (z_y - z_j) over the L-inf ball of radius eps within [0, 1], in float64.
 
     Parameters
@@ -48,13 +49,11 @@ def margin_bound(model, x, y, eps, method="crown", batch_size=64):
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     instance(model, nn.Module, "model")
     labels(y, len(images(x)))
-    if not (isinstance(eps, torch.Tensor) and eps.ndim):
-        radius(eps)
-    count(batch_size, "batch_size")
+    radius(eps)
     if len(x) == 0:
         raise ValueError("at least one image is needed, got none")
     double, out = copy.deepcopy(model).double().eval(), []
-    for xb, yb in zip(x.double().split(batch_size), y.split(batch_size), strict=True):
+    for xb, yb in zip(x.double().split(64), y.split(64), strict=True):
         low, high = (xb - eps).clamp(0, 1), (xb + eps).clamp(0, 1)
         with forward(xb):
             classes = double(xb[:1]).shape[1]
@@ -73,23 +72,6 @@ def certified(model, x, y, eps, method="crown"):
     return margin_bound(model, x, y, eps, method) > 0
 
 
-def certified_radius(model, x, y, method="crown", largest=0.5, steps=12):
-    """The largest L-inf radius that bisection proves, pixel units, float64 (N,); 0 where not even the image is right.
-
-    A bound need not fall as eps grows, so this may be less than the largest provable one; it is never more.
-    """
-    images(x)
-    number(largest, "largest", above=0)
-    count(steps, "steps")
-    low, high = torch.zeros(len(x), dtype=torch.float64), torch.full((len(x),), float(largest), dtype=torch.float64)
-    low, high = low.to(x.device), high.to(x.device)
-    for _ in range(steps):
-        eps = (low + high) / 2
-        proved = margin_bound(model, x, y, eps.view(-1, 1, 1, 1), method, batch_size=max(1, len(x))) > 0
-        low, high = torch.where(proved, eps, low), torch.where(proved, high, eps)
-    return low
-
-
 def lipschitz_radius(logits, y, constant):
     """L2 radius that a Lipschitz constant of the logits (L2 to L2) proves: margin / (sqrt(2) constant), at least 0.
 
@@ -100,9 +82,7 @@ def lipschitz_radius(logits, y, constant):
     labels(y, *logits.shape)
     if not isinstance(constant, torch.Tensor) and constant != math.inf:
         number(constant, "constant", above=0)
-    own = logits.gather(1, y[:, None])[:, 0]
-    best = logits.scatter(1, y[:, None], -math.inf).amax(1)
-    return ((own - best) / (math.sqrt(2) * constant)).clamp_min(0)
+    return (-margin(logits, y) / (math.sqrt(2) * constant)).clamp_min(0)
 
 
 @dataclasses.dataclass

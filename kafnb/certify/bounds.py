@@ -12,6 +12,7 @@ import operator
 from torch import fx, nn
 from torch.nn import functional as F
 
+from ..attacks.fast import affine
 from ..kwta import KWTA
 from ..models import _PadShortcut
 from .curves import CURVES, PIECES, curve, value_range
@@ -53,18 +54,10 @@ def unroll(model):
     return steps
 
 
-def _batchnorm(layer):
-    """Scale and shift of batch normalisation in eval mode, each (C, 1, 1)."""
-    scale = (layer.running_var + layer.eps).rsqrt()
-    scale = scale if layer.weight is None else layer.weight * scale
-    bias = 0.0 if layer.bias is None else layer.bias
-    return scale[:, None, None], (bias - layer.running_mean * scale)[:, None, None]
-
-
 def linear(layer, x, absolute=False):
     """W x of an affine layer, without its bias; |W| x if ``absolute``."""
     if isinstance(layer, nn.BatchNorm2d):
-        scale = _batchnorm(layer)[0]
+        scale = affine(layer)[0][:, None, None]
         return x * (scale.abs() if absolute else scale)
     if isinstance(layer, nn.Dropout):
         return x
@@ -81,7 +74,7 @@ def linear(layer, x, absolute=False):
 def bias_of(layer):
     """b of an affine layer, shaped to broadcast over its output; 0 without one."""
     if isinstance(layer, nn.BatchNorm2d):
-        return _batchnorm(layer)[1]
+        return affine(layer)[1][:, None, None]
     bias = getattr(layer, "bias", None)
     return 0.0 if bias is None else (bias if isinstance(layer, nn.Linear) else bias[:, None, None])
 

@@ -60,11 +60,8 @@ def fit(
                 if ddp is None:  # made when the weights of a resumed training are there
                     ddp = wrapped(model, recipe.precision)
                 model.train()
-                states, sums, parts = (
-                    [{} for _ in range(accumulate)],
-                    torch.zeros(3, dtype=torch.float64),
-                    processes * accumulate,
-                )
+                states, parts = [{} for _ in range(accumulate)], processes * accumulate
+                sums = torch.zeros(3, dtype=torch.float64)
                 for i, index in enumerate(batches(x, recipe)):
                     xb, yb = taken(x, y, index, recipe)
                     if len(xb) < parts:  # not an image for each

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..epoch import finish
+from ..graphs import set_rate
 from ..methods import METHODS, Autocast
 from ..recipe import PRECISIONS
 from .whole import Rows
@@ -66,9 +68,7 @@ def learn(ddp, net, parts, processes, optimizer, scaler, recipe, rate, states, s
     """
     steps = [METHODS[recipe.method](net, x, y, recipe, s) for (x, y, *_), s in zip(parts, states, strict=True)]
     for _ in range(recipe.replays if recipe.method == "free" else 1):
-        lr = rate()
-        for g in optimizer.param_groups:
-            g["lr"] = lr
+        set_rate(optimizer, rate())
         optimizer.zero_grad()
         start = _generators(parts[0][0].device)
         sums = torch.zeros(3, dtype=torch.float64)
@@ -81,11 +81,7 @@ def learn(ddp, net, parts, processes, optimizer, scaler, recipe, rate, states, s
                 # DDP takes the mean over processes; this is the mean over images
                 scaler.scale(loss * (len(y) * processes / size)).backward()
             sums += torch.tensor([float(loss.detach()) * len(y), int((logits.argmax(1) == y).sum()), len(y)])
-        if recipe.clip is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), recipe.clip)
-        scaler.step(optimizer)
-        scaler.update()
+        finish(net, optimizer, scaler, recipe)
         yield sums
     for step in steps:  # what a method does after its last step
         next(step, None)

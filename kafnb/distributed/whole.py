@@ -46,6 +46,9 @@ def synchronised(model, wanted=True):
             m.__class__ = nn.BatchNorm2d
 
 
+DRAWS = ("uniform_", "normal_", "bernoulli_", "exponential_", "rand_like", "randn_like", "dropout")
+
+
 class Rows(TorchFunctionMode):
     """Inside, random numbers for ``rows`` of a batch are drawn for the whole batch of ``size``, and the rows taken."""
 
@@ -57,24 +60,13 @@ class Rows(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
         x = args[0] if args else None
         ours = isinstance(x, torch.Tensor) and x.ndim and len(x) == self.rows.stop - self.rows.start
-        if not ours or name not in (
-            "uniform_",
-            "normal_",
-            "bernoulli_",
-            "exponential_",
-            "rand_like",
-            "randn_like",
-            "dropout",
-        ):
+        if not ours or name not in DRAWS:
             return function(*args, **kwargs)
         whole = torch.ones(self.size, *x.shape[1:], dtype=x.dtype, device=x.device)
         if x.ndim == 4 and not x.is_contiguous():  # numbers are drawn in the order of memory
             whole = whole.to(memory_format=torch.channels_last)
         if name == "dropout":  # what it does to ones is what to multiply with
-            return x * dropout(whole, *args[1:], **kwargs)[self.rows] if _drops(args, kwargs) else x
+            drops = kwargs.get("training", args[2] if len(args) > 2 else True)
+            return x * dropout(whole, *args[1:], **kwargs)[self.rows] if drops else x
         drawn = function(whole, *args[1:], **kwargs)[self.rows]
         return x.copy_(drawn) if name.endswith("_") else drawn
-
-
-def _drops(args, kwargs):
-    return kwargs.get("training", args[2] if len(args) > 2 else True)

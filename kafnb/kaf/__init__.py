@@ -19,12 +19,7 @@ from .mixture import mixture
 
 DEFAULT_INIT_STD = 0.05  # Keras' RandomNormal default, which the thesis used for alpha
 
-RIDGE_TARGETS = {
-    "relu": torch.relu,
-    "elu": nn.functional.elu,
-    "swish": nn.functional.silu,
-    "tanh": torch.tanh,
-}
+RIDGE_TARGETS = {"relu": torch.relu, "elu": nn.functional.elu, "swish": nn.functional.silu, "tanh": torch.tanh}
 
 
 class KAF(nn.Module):

@@ -16,10 +16,10 @@ Source: Szegedy et al., ICLR 2014, arXiv:1312.6199, section 4.3.
 
 import math
 
-import pandas as pd
 import torch
 from torch import nn
 
+from ..models import _PadShortcut
 from .intervals import local_bound
 from .kaf import kaf_bound, kaf_constant
 from .layers import spectral_norm
@@ -28,7 +28,7 @@ from .maps import expand, shapes
 from .units import CONSTANTS, activation_constant
 
 __all__ = [
-    "activation_constant", "clever", "factors", "gradient_norms", "jacobian_norms", "kaf_bound", "kaf_constant",
+    "activation_constant", "clever", "gradient_norms", "jacobian_norms", "kaf_bound", "kaf_constant",
     "local_bound", "network_bound", "spectral_norm",
 ]  # fmt: skip
 
@@ -47,7 +47,7 @@ def _diagonal(layer, constant):
 
 def _pooling(layer, shape):
     """Factor of a pooling or reshaping layer on inputs of ``shape``; None for any other layer."""
-    if isinstance(layer, nn.Flatten) or type(layer).__name__ == "_PadShortcut":
+    if isinstance(layer, nn.Flatten | _PadShortcut):
         return 1.0
     if isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)):
         return 1 / math.sqrt(shape[1] * shape[2])
@@ -64,34 +64,32 @@ def _pooling(layer, shape):
     return None
 
 
-def chain_bound(layers, shape_of, norm, constant, fold=True, rows=None):
+def chain_bound(layers, shape_of, norm, constant, fold=True):
     """Product over a list of layers, with sums over residual branches: what ``network_bound`` calls.
 
     Differentiable where ``norm`` (layer, input shape, scale or None) and ``constant`` (activation) are. ``shape_of``
-    is from ``maps.shapes``; ``rows`` collects (names, factor).
+    is from ``maps.shapes``.
     """
     total, rest = 1.0, list(layers)
     while rest:
         layer = rest.pop(0)
-        name, shape = shape_of.get(layer, ("", None))
+        shape = shape_of.get(layer, ("", None))[1]
         if (parts := expand(layer)) is not None:
             branches, tail = parts
             # the tail acts on a sum of branches, channel by channel: it may be counted with each
-            total = total * sum(chain_bound([*b, *tail], shape_of, norm, constant, fold, rows) for b in branches)
+            total = total * sum(chain_bound([*b, *tail], shape_of, norm, constant, fold) for b in branches)
             continue
         linear = isinstance(layer, nn.Linear | nn.Conv2d)
         factor = None if linear else _pooling(layer, shape)
         if factor is None:
-            scale, names = None if linear else _diagonal(layer, constant), [name]
+            scale = None if linear else _diagonal(layer, constant)
             if not linear and scale is None:
                 raise ValueError(f"no Lipschitz rule for {type(layer).__name__}: add it to lipschitz.units.CONSTANTS")
             while fold and rest and (more := _diagonal(rest[0], constant)) is not None:
                 scale = more if scale is None else scale * more
-                names.append(shape_of.get(rest.pop(0), ("",))[0])
-            name, factor = " ".join(names), norm(layer, shape, scale) if linear else scale.amax()
+                rest.pop(0)
+            factor = norm(layer, shape, scale) if linear else scale.amax()
         total = total * factor
-        if rows is not None:
-            rows.append((name, float(factor)))
     return total
 
 
@@ -102,14 +100,6 @@ def _norm(method):
         return spectral_norm(layer, shape, method, scale=scale).value
 
     return norm
-
-
-def factors(model, x, *, norm="certified", constant=activation_constant, fold=True):
-    """The factors of ``network_bound``, a row each: layers (their names), factor. Same arguments."""
-    rows = []
-    with torch.no_grad():
-        chain_bound([model], shapes(model, x), _norm(norm), constant, fold, rows)
-    return pd.DataFrame(rows, columns=["layers", "factor"])
 
 
 def network_bound(model, x, *, norm="certified", constant=activation_constant, fold=True):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from ..attacks import still
 from ..checks import forward, images, instance
 from ..models import HeBlock, PlainBlock, PreactBlock, ThesisBlock
+from ..probes import capture
 
 
 def expand(layer):
@@ -29,19 +30,10 @@ def shapes(model, x):
     """module -> (its name, shape of one example of its input), of every module that runs on ``x``."""
     if len(images(x, box=False)) == 0:
         raise ValueError("at least one image is needed, got none")
-    found, names = {}, {m: name for name, m in instance(model, nn.Module, "model").named_modules()}
-
-    def note(module, inputs):
-        found[module] = names[module], tuple(inputs[0].shape[1:])
-
-    hooks = [m.register_forward_pre_hook(note) for m in names]
-    try:
-        with still(model), torch.no_grad(), forward(x):
-            model(x[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    modules = dict(instance(model, nn.Module, "model").named_modules())
+    with still(model), torch.no_grad(), forward(x), capture(model, modules, "before") as found:
+        model(x[:1])
+    return {modules[name]: (name, tuple(v.shape[1:])) for name, v in found.items()}
 
 
 def through(function, shape, g):
