@@ -63,6 +63,22 @@ def _error(d):
     return np.sqrt(image + seed), float(t.ppf(0.975, freedom))
 
 
+def paired(first, second):
+    """Second minus first, in points: (difference, low, high), the 95 % interval of a paired difference of shares.
+
+    Parameters
+    ----------
+    first, second : bool array, shape (n,)
+        The same images counted in two ways. Source of the interval: Agresti, Categorical Data Analysis, section 11.1.
+    """
+    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    n, gained, lost = len(first), int((second & ~first).sum()), int((first & ~second).sum())
+    difference = (gained - lost) / n
+    # one half more in each cell keeps the interval from closing on nothing
+    half = 1.96 * np.sqrt(max(gained + lost + 1 - (gained - lost) ** 2 / n, 0)) / n
+    return 100 * difference, 100 * (difference - half), 100 * (difference + half)
+
+
 def rates(results):
     """Accuracy of each activation, and its 95 % interval over images and, where there are several, seeds.
 

@@ -1,9 +1,7 @@
 """The thesis' own ways, written by us, so that notebook 17 can measure what each was worth. Not for other use."""
 
 import itertools
-import math
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -101,19 +99,3 @@ def activation_first(model):
             if isinstance(norm, nn.BatchNorm2d):
                 m._modules[a], m._modules[b] = act, norm
     return model
-
-
-def paired(right, original):
-    """Original minus right, in points: (difference, low, high), the 95 % interval of a paired difference of shares.
-
-    Parameters
-    ----------
-    right, original : bool array, shape (n,)
-        The same images counted in both ways. Source of the interval: Agresti, Categorical Data Analysis, section 11.1.
-    """
-    right, original = np.asarray(right, bool), np.asarray(original, bool)
-    n, gained, lost = len(right), int((original & ~right).sum()), int((right & ~original).sum())
-    difference = (gained - lost) / n
-    # one half more in each cell keeps the interval from closing on nothing
-    half = 1.96 * math.sqrt(max(gained + lost + 1 - (gained - lost) ** 2 / n, 0)) / n
-    return 100 * difference, 100 * (difference - half), 100 * (difference + half)

@@ -174,9 +174,11 @@ def measure(model, batch, dtype=None):
 
 
 def first_nonfinite(model):
-    """Name of the layer nearest the loss whose parameter gradients are not all finite, or None.
+    """Name of the last layer whose parameter gradients are not all finite, or None.
 
-    Going backward this is where it began; what lies on the input side of it is non-finite in consequence.
+    Going backward this is where it began; what lies on the input side of it is non-finite in consequence. Layers are
+    in the order that the model registers them: of a block's two branches, which are equally near to the loss, the
+    shortcut is the last.
     """
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     bad = [name for name, grad in named if not torch.isfinite(grad).all()]

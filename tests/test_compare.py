@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest, norm
 
-from kafnb import compare, errata, evaluate, thesis
+from kafnb import compare, evaluate, thesis
 
 
 @pytest.fixture
@@ -32,7 +32,16 @@ def test_mcnemar_against_the_binomial(results):
 def test_a_difference_of_nothing_is_not_known_to_be_nothing(results):
     difference, low, high = compare.difference(results, "a", "c", "x")
     assert difference == 0 and low == -high == pytest.approx(-100 * 1.96 / 400)
-    assert errata.paired(results.correct[0], results.correct[0]) == pytest.approx((0, low, high))
+    assert compare.paired(results.correct[0], results.correct[0]) == pytest.approx((0, low, high))
+
+
+def test_paired_difference_by_hand():
+    first = np.repeat([True, False, True, False], [30, 40, 10, 20])
+    second = np.repeat([True, False, False, True], [30, 40, 10, 20])
+    difference, low, high = compare.paired(first, second)
+    assert difference == pytest.approx(10)
+    half = 196 * np.sqrt((31 - 1) / 100) / 10  # 30 discordant, one more, minus 10^2 / 100
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-6)
 
 
 @pytest.mark.parametrize("only_a, only_b", [(0, 0), (1, 0), (7, 3), (3, 7), (40, 61)])
