@@ -43,6 +43,8 @@ def main(argv=None):
     try:
         if args.keep and (args.profile != "quick" or args.dry_run):
             raise ValueError("--keep is for profile quick: stored outputs are what the tests compare with")
+        if args.dry_run and args.profile == "quick":
+            raise ValueError("--dry-run is for profiles small and paper: quick is as small as its checks allow")
         if args.jobs is not None and args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         if args.data_root:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import sys
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -88,13 +89,14 @@ def _execute(name, profile, parameters, environment, position):
     bar = {"position": position, "desc": name, "leave": False, "disable": not sys.stderr.isatty()}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        unmet = findings.count(
-            papermill.execute_notebook(
-                source, target, parameters, kernel_name="python3", cwd=str(source.parent), progress_bar=bar
-            )
+        # its kernel would warn that it talks over TCP, and say that it was stopped
+        how = {"progress_bar": bar, "extra_arguments": ["--log-level=CRITICAL"]}
+        executed = papermill.execute_notebook(
+            source, target, parameters, kernel_name="python3", cwd=source.parent, **how
         )
+        unmet = findings.count(executed)
     except papermill.PapermillExecutionError as e:
-        error = f"cell {e.exec_count} failed: {e.ename}: {e.evalue}"
+        error = f"cell {e.exec_count} failed: {e.ename}: {textwrap.shorten(e.evalue, 300)}"  # the notebook has it all
     except Exception as e:  # a notebook that cannot start must not stop the others
         error = f"{type(e).__name__}: {e}"
     return Outcome(name, time.perf_counter() - started, " ".join(error.split()), unmet)

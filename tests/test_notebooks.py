@@ -125,7 +125,8 @@ def test_keep_stores_outputs_and_nothing_of_papermill(checkout):
 @pytest.mark.parametrize(
     "arguments",
     [["figures", "--only", "77"], ["figures", "--profile", "paper"], ["figures", "--device", "tpu"],
-     ["figures", "--data-root", "/no/such/folder"], ["figures", "--jobs", "0"], ["figures", "--profile", "small", "--keep"]],
+     ["figures", "--data-root", "/no/such/folder"], ["figures", "--jobs", "0"], ["figures", "--profile", "small", "--keep"],
+     ["figures", "--dry-run"]],
 )  # fmt: skip
 def test_bad_command_lines_get_one_line_and_exit_2(arguments, capsys, monkeypatch):
     monkeypatch.setattr(profiles.torch.cuda, "is_available", lambda: False)
