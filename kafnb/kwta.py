@@ -47,7 +47,7 @@ class KWTA(nn.Module):
         self.ratio = number(ratio, "KWTA ratio", above=0, high=1)
 
     def forward(self, x):
-        return torch.where(x >= threshold(x, self.ratio), x, 0)
+        return torch.where(x < threshold(x, self.ratio), 0, x)  # NaN stays
 
     def extra_repr(self):
         return f"{self.ratio}"

@@ -33,7 +33,7 @@ class _SquaredAct(torch.autograd.Function):
     def forward(ctx, x, function):
         with torch.enable_grad():
             z = x.detach().requires_grad_()
-            y = function(z)
+            y = function(z.clone())
             ctx.save_for_backward(torch.autograd.grad(y.sum(), z)[0] ** 2)
         return y.detach()
 

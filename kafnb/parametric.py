@@ -114,7 +114,8 @@ class Maxout(nn.Module):
 class PSSiLU(nn.Module):
     r"""Parametric shifted SiLU, :math:`x (\sigma(a x) - b) / (1 - b)`, b kept in [0, 0.99].
 
-    Starts as SiLU. Source: Dai, Mahloujifar, Mittal, IEEE S&P workshops 2022, arXiv:2110.05626.
+    Starts as SiLU, with b = 0, where the gradient in b is that without the bound: it could not leave it otherwise.
+    Source: Dai, Mahloujifar, Mittal, IEEE S&P workshops 2022, arXiv:2110.05626.
     """
 
     def __init__(self, channels):
@@ -124,5 +125,5 @@ class PSSiLU(nn.Module):
         self.b = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        b = _shaped(self.b.clamp(0, 0.99), x)
+        b = _shaped(self.b + (self.b.clamp(0, 0.99) - self.b).detach(), x)
         return x * (torch.sigmoid(_shaped(self.a, x) * x) - b) / (1 - b)

@@ -230,7 +230,8 @@ class Shift:
         self.clean.update(clean)
         for histogram, a in zip(self.histograms, (clean, attacked), strict=True):
             histogram.update(a)
-        self._distances.extend((attacked - clean).detach().double().flatten(1).norm(dim=1).tolist())
+        distances = (attacked.detach().double() - clean.detach().double()).flatten(1).norm(dim=1)
+        self._distances.extend(distances.tolist())
 
     @property
     def raw(self):

@@ -45,7 +45,7 @@ def test_shape_and_gradients(name, shape):
         torch.manual_seed(3)
         module = activation(name, 3).double()
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    if name == "pssilu":  # it starts at the end of its range, where b has a one-sided derivative only
+    if name == "pssilu":  # it starts at the end of its range, where the derivative in b is one-sided
         module.b.data.fill_(0.1)
     assert module(x).shape == shape
     assert torch.autograd.gradcheck(module, (x,))
@@ -89,6 +89,19 @@ def test_pssilu():
         assert y == pytest.approx(x * (1 / (1 + math.exp(-1.5 * x)) - 0.2) / 0.8)
 
 
+def test_pssilu_learns_its_shift():
+    target, module = PSSiLU(1), PSSiLU(1)
+    target.b.data.fill_(0.3)
+    x, optimizer = torch.linspace(-4, 4, 200)[:, None], torch.optim.SGD(module.parameters(), lr=0.2)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        (module(x) - target(x)).square().mean().backward()
+        optimizer.step()
+    assert module.b.item() == pytest.approx(0.3, abs=0.01) and module.a.item() == pytest.approx(1, abs=0.05)
+    module.b.data.fill_(-0.5)  # kept in its range all the same
+    assert torch.allclose(module(x), x * torch.sigmoid(module.a * x))
+
+
 def test_saf_passes_through_its_values_and_is_c1():
     saf = SAF(2, points=9, boundary=2.0).double()
     saf.values.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -98,6 +111,11 @@ def test_saf_passes_through_its_values_and_is_c1():
     slope = torch.autograd.grad(saf(x).sum(), x)[0]
     assert (slope[1:] - slope[:-1]).abs().max() < 0.2  # no jumps, at the joints or at the ends
     assert torch.allclose(slope[0], slope[500]) and torch.allclose(slope[-1], slope[-500])  # linear outside
+
+
+def test_nan_stays_nan_in_kwta():
+    y = KWTA(0.5)(torch.tensor([[math.nan, 1.0, 2.0, 3.0]]))
+    assert y[0, 0].isnan() and y[0, 1:].tolist() == [0, 0, 3]
 
 
 def test_kwta_keeps_the_largest_of_each_example():

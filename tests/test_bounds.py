@@ -194,6 +194,35 @@ def test_unknown_layers_and_operations_get_one_line():
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="Gaussian"):
         curves.curve(KAF(2, kernel="laplacian"))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_network_that_does_not_return_its_last_step_is_refused(both):
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.first, self.second = nn.Flatten(), nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.flat(x)
+            out, other = self.first(x), self.second(x)
+            return (out, other) if both else out
+
+    with pytest.raises(ValueError, match="return what their last layer gives"):
+        bounds.interval_bounds(TwoHeads(), torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("gamma", [1e-8, 1.0, 1e4])
+def test_curvature_of_a_kaf_of_any_bandwidth_is_close(gamma):
+    kaf = KAF(2, 5, bandwidth=gamma).double()
+    x = torch.linspace(-3, 3, 200_001, dtype=torch.float64)
+    s = gamma * (x[:, None, None] - kaf.dictionary) ** 2
+    seen = (kaf.alpha * 2 * gamma * (2 * s - 1) * torch.exp(-s)).sum(2).abs().amax(0)
+    bound = curves.kaf_curve(kaf).curvature
+    assert (bound >= seen * (1 - 1e-9)).all() and (bound <= 1.05 * seen).all()
+
+
+def test_unknown_bounds_get_one_line():
     with pytest.raises(ValueError, match="inner must be"):
         crown.crown_bounds(nn.Flatten(), torch.zeros(1, 2), torch.ones(1, 2), inner="x")
 

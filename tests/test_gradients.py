@@ -228,3 +228,8 @@ def test_layers_in_place_are_measured_as_others():
     expected = gradients.measure(net, batch)
     net[2].inplace = True
     assert gradients.measure(net, batch) == expected
+    assert gradients.growth_factor(lambda channels: torch.nn.ReLU(inplace=True)) == gradients.growth_factor("relu")
+    same = [
+        gradients.growth_factor(f, "thesis", depth=14, seeds=1) for f in ("relu", lambda channels: torch.nn.ReLU(True))
+    ]
+    assert same[0] == same[1]

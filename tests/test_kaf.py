@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kafnb import KAF
-from kafnb.kaf import RIDGE_TARGETS, dispatch
+from kafnb.kaf import RIDGE_TARGETS, compiled, dispatch
 from kafnb.kaf.gaussian import gaussian_mixture, grid_mixture
 from kafnb.kaf.kernels import KERNELS, condition, default_bandwidth, gram, ridge_coefficients, second_moment
 
@@ -331,6 +331,17 @@ def test_kernels_by_hand(kernel):
             assert kaf(x)[n, c].item() == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.parametrize("kernel", ["matern32", "matern52", "rational_quadratic", "gaussian"])
+def test_smooth_kernels_have_their_curvature_at_dictionary_points_too(kernel):
+    kaf = KAF(1, 3, kernel=kernel).double()
+    kaf.alpha.data = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
+    x = torch.tensor([[0.0], [1e-6]], dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(kaf(x).sum(), x, create_graph=True)[0]
+    at, near = torch.autograd.grad(slope.sum(), x)[0].flatten().tolist()
+    assert at == pytest.approx(near, rel=1e-4) and at < -0.01
+    assert kaf.float()(torch.tensor([[1e25]])).item() == 0
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("kernel", [*KERNELS, ("gaussian", "matern52", "laplacian")])
 def test_kernels_against_finite_differences(kernel, trainable):
@@ -441,14 +452,22 @@ def test_what_is_kept_for_later_calls_is_plain(first, kernel):
 @pytest.mark.parametrize("size", [5, 20, 64])
 def test_compile_is_one_graph_with_the_same_numbers(size):
     kaf, x = KAF(4, size), torch.randn(8, 4, 5, 5)
-    compiled = torch.compile(kaf, fullgraph=True)
     results = []
-    for module in (kaf, compiled):
+    for module in (kaf, torch.compile(kaf, fullgraph=True)):
         v = x.clone().requires_grad_()
         y = module(v)
         results.append((y.detach(), *torch.autograd.grad(y, (v, kaf.alpha), torch.ones_like(y))))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_compiled_formula_keeps_large_coefficients_under_autocast(dtype):
+    kaf, x = KAF(8, init="relu"), torch.randn(4, 8, 6, 6)
+    want = kaf(x)
+    with torch.autocast("cpu", dtype):
+        got, _ = compiled.forward(x, kaf.alpha, kaf.grid)
+    assert (got - want).abs().max() < 1e-4
 
 
 def test_export():

@@ -97,6 +97,8 @@ def test_kaf_constant_never_below_the_slope(seed, size, gamma):
 def test_kaf_constant_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="one Gaussian kernel"):
         lipschitz.kaf_constant(kafnb.KAF(2, kernel="laplacian"))
+    with pytest.raises(ValueError, match="one Gaussian kernel"):
+        lipschitz.kaf.kaf_steepest(kafnb.KAF(2, kernel="laplacian"))
     kaf = kafnb.KAF(2)
     kaf.alpha.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
@@ -212,6 +214,23 @@ def test_circular_padding_that_repeats_outputs_has_no_certificate(padding, kerne
     layer = nn.Conv2d(2, 2, kernel, padding=padding, padding_mode="circular")
     with pytest.raises(ValueError, match="repeats outputs"):
         lipschitz.spectral_norm(layer, (2, 6, 6), "certified")
+
+
+def test_circular_padding_of_an_image_smaller_than_the_kernel_has_none_either():
+    layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False).double()
+    layer.weight.data = torch.tensor([1.0, -1, 1]).outer(torch.tensor([1.0, -1, 1]))[None, None].double()
+    assert lipschitz.spectral_norm(layer, (1, 2, 2), "svd").value == pytest.approx(9)
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        lipschitz.spectral_norm(layer, (1, 2, 2), "certified")
+
+
+def test_one_layer_in_two_places_is_refused():
+    layer, x = nn.Conv2d(1, 1, 3, bias=False), torch.rand(1, 1, 5, 5)
+    with pytest.raises(ValueError, match="1 is a layer used twice"):
+        lipschitz.network_bound(nn.Sequential(layer, layer), x)
+    act = nn.ReLU()  # no size matters to it
+    model = nn.Sequential(layer, act, nn.Conv2d(1, 1, 3), act)
+    assert lipschitz.network_bound(model, x) > 0
 
 
 @pytest.mark.parametrize("options", [dict(ceil_mode=True), dict(divisor_override=1), dict(count_include_pad=False)])
@@ -462,8 +481,13 @@ def test_what_has_no_rule_is_refused_rather_than_bounded_wrongly():
             return 10 * super().forward(x)
 
     x = torch.rand(2, 1, 6, 6)
-    for layer in (Tenfold(nn.Flatten(), nn.Linear(36, 3)), nn.MaxPool2d(2, dilation=2), nn.GELU("tanh")):
-        with pytest.raises(ValueError, match=r"rule|GELU"):
+    for layer in (
+        Tenfold(nn.Flatten(), nn.Linear(36, 3)),
+        nn.MaxPool2d(2, dilation=2),
+        nn.GELU("tanh"),
+        nn.Softplus(threshold=1),
+    ):
+        with pytest.raises(ValueError, match=r"rule|GELU|softplus"):
             lipschitz.network_bound(nn.Sequential(layer), x)
 
 

@@ -137,6 +137,12 @@ def test_a_unit_that_hardly_moves_has_no_distance():
     assert (shift.wasserstein[::2] * clean.std(0)[::2] - 0.5).abs().max() < 0.05
 
 
+def test_distances_beyond_float16():
+    shift = probes.Shift()
+    shift.update(torch.full((1, 1), 60_000.0).half(), torch.full((1, 1), -60_000.0).half())
+    assert shift.raw.tolist() == [120_000]
+
+
 def test_hundred_thousand_images_in_bounded_memory():
     torch.manual_seed(2)
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))

@@ -49,7 +49,10 @@ def unroll(model):
             steps.append((node, node.all_input_nodes, layer))
         elif node.op == "placeholder" or (node.target is operator.add and len(node.all_input_nodes) == 2):
             steps.append((node, node.all_input_nodes, None))
-        elif node.op != "output":
+        elif node.op == "output":
+            if node.args[0] is not steps[-1][0]:
+                raise ValueError("bounds are for networks that return what their last layer gives, and nothing else")
+        else:
             raise ValueError(f"no bounds are known for the operation {node.format_node()}")
     return steps
 

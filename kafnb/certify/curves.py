@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..kaf import KAF
+from ..lipschitz.units import exact
 
 PIECES = 32
 SLACK = 1e-9  # relative; above the rounding of float64 in all that follows, below any bound of interest
@@ -49,30 +50,21 @@ class Curve:
     tail: float = 0.0
 
 
-def _smooth(module):
-    """The module, if it is the function of its name."""
-    if getattr(module, "threshold", 20) < 20:
-        raise ValueError(f"bounds of softplus need a threshold of 20 at least, got {module.threshold}: below it jumps")
-    if getattr(module, "approximate", "none") != "none":
-        raise ValueError(f"bounds of GELU need approximate='none', got {module.approximate!r}")
-    return module
-
-
 CURVES = {
     nn.ReLU: lambda m: Curve(m, 0.0, kink=True),
     nn.LeakyReLU: lambda m: Curve(m, 0.0, kink=True, monotone=m.negative_slope >= 0),
     nn.ELU: lambda m: Curve(m, abs(m.alpha), kink=True, monotone=m.alpha >= 0),
-    nn.Softplus: lambda m: Curve(_smooth(m), m.beta / 4),
+    nn.Softplus: lambda m: Curve(exact(m), m.beta / 4),
     nn.Sigmoid: lambda m: Curve(m, 1 / (6 * math.sqrt(3))),
     nn.Tanh: lambda m: Curve(m, 4 / (3 * math.sqrt(3))),
     nn.PReLU: lambda m: Curve(m, 0.0, kink=True, monotone=bool((m.weight >= 0).all())),
     nn.SiLU: lambda m: Curve(m, 0.5, monotone=False),
-    nn.GELU: lambda m: Curve(_smooth(m), math.sqrt(2 / math.pi), monotone=False),
+    nn.GELU: lambda m: Curve(exact(m), math.sqrt(2 / math.pi), monotone=False),
     KAF: lambda m: kaf_curve(m),
 }
 
 
-def kaf_curve(kaf, spacing=1 / 64):
+def kaf_curve(kaf):
     r"""Bounds on a KAF's second derivative, and on its tails.
 
     On a grid of step h, a function g strays from the larger of its neighbouring values by at most h^2/8 sup |g''|. With
@@ -90,6 +82,7 @@ def kaf_curve(kaf, spacing=1 / 64):
         size = alpha.abs().sum(1, keepdim=True)  # (C, 1)
         # beyond reach all kernels together are below 1e-12
         reach = float((d.abs().amax() + (torch.log(1e12 * size.clamp_min(1e-9)).clamp_min(1.0) / gamma).sqrt()).max())
+        spacing = float(1 / (64 * gamma.amax().sqrt()))
         x = torch.arange(-reach, reach + spacing, spacing, dtype=torch.float64, device=alpha.device)
         second = torch.zeros(len(alpha), len(x), dtype=torch.float64, device=alpha.device)
         for i in range(alpha.shape[1]):  # one dictionary point at a time: (C, G), never (C, G, D)

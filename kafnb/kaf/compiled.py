@@ -37,10 +37,10 @@ def forward(x, alpha, grid):
     """f and df/dx for x (N, C, *), both in alpha's type."""
     xs, f, slope = x.to(alpha.dtype), 0.0, 0.0
     # (D, C), by a matrix product: the compiler then reads a ready table, contiguous in the channels, whichever
-    # memory format x has
+    # memory format x has; in float64, which autocast leaves alone
     pieces = chunks(grid)
     weights = [w for chunk in pieces for w in chunk.weights[: chunk.stop - chunk.start]]
-    table = torch.diag(alpha.new_tensor(weights)) @ alpha.t()
+    table = (torch.diag(alpha.new_tensor(weights, dtype=torch.float64)) @ alpha.t().double()).to(alpha.dtype)
     for chunk in pieces:
         u, low, high = _powers(xs, chunk, grid)
         part = moment = 0.0

@@ -23,13 +23,18 @@ def _length(t, gamma):
     return t.abs() * (2 * gamma).sqrt()
 
 
+def _smooth_length(t, gamma):
+    """The same; its derivative at 0 is 1 and not abs', which is 0 and would lose the second derivative of a Matérn."""
+    return torch.where(t < 0, -t, t) * (2 * gamma).sqrt()
+
+
 def _matern32(t, gamma):
-    s = math.sqrt(3) * _length(t, gamma)
+    s = math.sqrt(3) * _smooth_length(t, gamma)
     return (1 + s) * torch.exp(-s)
 
 
 def _matern52(t, gamma):
-    s = math.sqrt(5) * _length(t, gamma)
+    s = math.sqrt(5) * _smooth_length(t, gamma).clamp_max(800)  # beyond, the exponential is 0 in any type
     return (1 + s + s * s / 3) * torch.exp(-s)
 
 

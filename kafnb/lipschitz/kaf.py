@@ -20,12 +20,16 @@ REACH = 6.0  # in units of 1 / sqrt(gamma): beyond, a kernel and its slope are b
 ROUNDING = 1e-14  # of a sum of kernels, as a share of sum |alpha_i| times the derivative's scale
 
 
+def _gaussian(kaf):
+    if kaf.kernels != ("gaussian",):
+        raise ValueError(f"Lipschitz constants are for KAFs with one Gaussian kernel, got {kaf.kernels}")
+
+
 def _float64(kaf):
     """alpha (C, D), points (C, D), gamma (C,) in float64, detached."""
     if not (hasattr(kaf, "alpha") and hasattr(kaf, "kernels")):
         raise TypeError(f"a KAF is needed, got {shown(kaf)}")
-    if kaf.kernels != ("gaussian",):
-        raise ValueError(f"Lipschitz constants are for KAFs with one Gaussian kernel, got {kaf.kernels}")
+    _gaussian(kaf)
     alpha = kaf.alpha.detach().double()
     if not torch.isfinite(alpha).all():
         raise ValueError("Lipschitz constant of a KAF with coefficients that are not finite: train it again")
@@ -116,12 +120,12 @@ def kaf_constant(kaf):
             break
         half = half / 2
         channel, middle = channel.repeat(2), torch.cat([middle - h / 2, middle + h / 2])
-    tails = suprema[1] * 2 * REACH * math.exp(-(REACH**2))
-    return torch.stack([(1 + tolerance) * steepest, unsettled, tails]).amax(0)
+    return torch.maximum((1 + tolerance) * steepest, unsettled)  # the tails are below the slack
 
 
 def kaf_steepest(kaf, cells=200):
     """Steepest slope of each channel on a grid, (C,): not certified, but differentiable, for training."""
+    _gaussian(kaf)
     gamma = kaf.bandwidth[:, None, None]
     reach = 2.5 * gamma.detach().amin().rsqrt().item()
     low, high = kaf.dictionary.detach().min().item() - reach, kaf.dictionary.detach().max().item() + reach
@@ -147,11 +151,7 @@ class KafRanges:
         steps = torch.arange(cells, dtype=torch.float64, device=reach.device) + 0.5
         middle = (self.left[:, None] + self.width[:, None] * steps)[None]  # (1, C, cells)
         level = self._taylor(middle, self.width[:, None] / 2)[:, 0]  # (4, C, cells)
-        # the outermost cells stand for the tails, too
-        suprema = _suprema(self.alpha, self.gamma)
-        tail = suprema[[0, 0, 1, 1]] * 2 * REACH * math.exp(-(REACH**2))
-        level[:, :, [0, -1]] = torch.maximum(level[:, :, [0, -1]], tail[:, :, None])
-        levels = [level]
+        levels = [level]  # the outermost cells stand for the tails, too, which are below their slack
         while 2 ** len(levels) <= cells:
             run, last = 2 ** (len(levels) - 1), levels[-1]
             shifted = torch.cat([last[:, :, run:], last[:, :, -1:].expand(-1, -1, run)], 2)

@@ -47,8 +47,12 @@ def _fourier(weight, layer, shape):
     the norm. A stride of s adds up the s^2 frequencies that look alike on the coarser grid.
     """
     circular = layer.padding_mode == "circular"
-    if circular and any(2 * p > k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True)):
-        raise ValueError("circular padding beyond (kernel_size - 1) / 2 repeats outputs: take method 'svd' or 'power'")
+    sizes = zip(shape[1:], layer.kernel_size, layer.padding, strict=True)
+    if circular and any(2 * p > k - 1 or k > n for n, k, p in sizes):
+        raise ValueError(
+            "circular padding beyond (kernel_size - 1) / 2, or on images smaller than the kernel, repeats outputs: "
+            "take method 'svd' or 'power'"
+        )
     room, stride = [], []
     for n, k, p, s in zip(shape[1:], layer.kernel_size, layer.padding, layer.stride, strict=True):
         size = max(n + (0 if circular else p), k)

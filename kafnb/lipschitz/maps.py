@@ -31,6 +31,9 @@ def shapes(model, x):
     if len(images(x, box=False)) == 0:
         raise ValueError("at least one image is needed, got none")
     modules = dict(instance(model, nn.Module, "model").named_modules())
+    for name, m in model.named_modules(remove_duplicate=False):
+        if name not in modules and isinstance(m, nn.Conv2d | nn.AdaptiveAvgPool2d):
+            raise ValueError(f"{name} is a layer used twice, where its input may have two sizes: make it two layers")
     with still(model), torch.no_grad(), forward(x), capture(model, modules, "before") as found:
         model(x[:1])
     return {modules[name]: (name, tuple(v.shape[1:])) for name, v in found.items()}

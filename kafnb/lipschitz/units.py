@@ -64,10 +64,13 @@ def _pssilu(f):
     return torch.where(f.a == 0, (0.5 - b).abs() / (1 - b), steep)
 
 
-def _exact(gelu, value):
-    if gelu.approximate != "none":
-        raise ValueError(f"the constants of GELU are for approximate='none', got {gelu.approximate!r}")
-    return value
+def exact(module):
+    """The module, if it is the function of its name."""
+    if isinstance(module, nn.Softplus) and module.threshold < 20:
+        raise ValueError(f"bounds of softplus need a threshold of 20 at least, got {module.threshold}: below it jumps")
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        raise ValueError(f"bounds of GELU need approximate='none', got {module.approximate!r}")
+    return module
 
 
 # type -> constant: a number, or one a channel
@@ -77,7 +80,7 @@ CONSTANTS = {
     nn.LeakyReLU: lambda f: max(1.0, abs(f.negative_slope)),
     nn.ELU: lambda f: max(1.0, abs(f.alpha)),
     nn.SiLU: lambda f: SWISH_SLOPE,
-    nn.GELU: lambda f: _exact(f, GELU_SLOPE),
+    nn.GELU: lambda f: GELU_SLOPE,
     nn.Softplus: lambda f: 1.0,
     nn.Sigmoid: lambda f: 0.25,
     nn.Tanh: lambda f: 1.0,
@@ -115,7 +118,7 @@ def activation_constant(module):
     if rule is None:
         known = ", ".join(t.__name__ for t in CONSTANTS)
         raise ValueError(f"no Lipschitz constant known for {type(module).__name__}; known: {known}")
-    return torch.as_tensor(rule(module), dtype=torch.float64)
+    return torch.as_tensor(rule(exact(module)), dtype=torch.float64)
 
 
 def _values(module, x):
@@ -148,8 +151,7 @@ def ranges(module, low, high):
         return KafRanges(module)(low, high)
     if type(module) not in TURNS:
         raise ValueError(f"no interval rule for {type(module).__name__}; known: KAF, {[t.__name__ for t in TURNS]}")
-    if isinstance(module, nn.GELU):
-        _exact(module, None)
+    exact(module)
     sides = _values(module, low), _values(module, high)
     out = []
     for which in (0, 1):
