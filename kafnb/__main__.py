@@ -20,9 +20,9 @@ def _parser():
     parser = _Parser(prog="python -m kafnb", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     figures = commands.add_parser("figures", help="run the notebooks and write their figures")
-    figures.add_argument("--profile", default="quick", choices=("quick", "small", "paper"))
+    figures.add_argument("--profile", default="quick", choices=("quick", "small", "paper"), help="see README")
     figures.add_argument("--only", nargs="+", default=(), metavar="NN", help="numbers or names of notebooks")
-    figures.add_argument("--seed", type=int, default=0)
+    figures.add_argument("--seed", type=int, default=0, help="of training and attacks")
     figures.add_argument("--device", default="auto", help="auto, cpu or cuda")
     figures.add_argument("--data-root", metavar="PATH", help="where CIFAR-10 is, or a train/, test/ image tree")
     figures.add_argument("--jobs", type=int, help="notebooks at a time (default: one a core on CPU)")
@@ -45,6 +45,8 @@ def main(argv=None):
             raise ValueError("--keep is for profile quick: stored outputs are what the tests compare with")
         if args.dry_run and args.profile == "quick":
             raise ValueError("--dry-run is for profiles small and paper: quick is as small as its checks allow")
+        if args.address and args.engine != "ray":
+            raise ValueError("--address is that of a Ray cluster: say --engine ray, too")
         if args.jobs is not None and args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         if args.data_root:

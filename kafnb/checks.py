@@ -44,10 +44,12 @@ def number(value, name, low=-math.inf, high=math.inf, *, above=-math.inf, option
     return value
 
 
-def radius(eps):
+def radius(eps, norm=None):
     """Of a ball around an image."""
     if isinstance(eps, str) or eps is None:
         raise TypeError(f"eps must be a number, in pixel units of [0, 1], got {shown(eps)}")
+    if norm == "linf" and isinstance(eps, numbers.Real) and 1 < eps < math.inf:
+        raise ValueError(f"eps must be at most 1, in pixel units of [0, 1], got {eps:g}: did you mean {eps:g} / 255?")
     return number(eps, "eps", low=0, unit=", in pixel units of [0, 1]")
 
 
@@ -125,6 +127,8 @@ def labels(y, n=None, classes=None):
         raise ValueError(f"labels must be a Tensor of one integer an image, got {shown(y)}")
     if y.dtype != torch.int64 and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
         raise ValueError(f"labels must be int64, got {y.dtype}: say y.long()")
+    if y.is_floating_point():
+        raise ValueError(f"labels must be int64, got {y.dtype}: say y.long(), or logits.argmax(1) of scores")
     if y.dtype != torch.int64 or (n is not None and y.shape != (n,)):
         count_text = "" if n is None else f" of {n} images"
         raise ValueError(f"labels must be one integer for each{count_text}, got {y.dtype} of shape {tuple(y.shape)}")

@@ -47,6 +47,9 @@ class Data:
             if x.dtype != torch.uint8 or x.ndim != 4 or len(x) == 0:
                 raise ValueError(f"x_{part} must be uint8 (N, C, H, W) with N > 0, got {x.dtype} {tuple(x.shape)}")
             labels(y, len(x), len(self.classes))
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            shapes = [tuple(x.shape[1:]) for x in (self.x_train, self.x_test)]
+            raise ValueError(f"training and test images must have one size, got {shapes[0]} and {shapes[1]}")
 
     @property
     def in_channels(self):
@@ -140,6 +143,8 @@ def _digits():
 def _cifar10(root):
     from torchvision.datasets import CIFAR10
 
+    if (root / "train").is_dir():
+        raise ValueError(f"{root} is a tree of images, not where CIFAR-10 is kept: name the data 'folder:{root}'")
     parts = []
     for train in (True, False):
         try:
@@ -147,7 +152,7 @@ def _cifar10(root):
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
                 f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put cifar-10-python.tar.gz there, "
-                "or give data_root a folder with train/<class>/ and test/<class>/ images"
+                "or name a tree of train/<class>/ and test/<class>/ images as the data, 'folder:PATH'"
             ) from None
     arrays = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Data("cifar10", *arrays[0], *arrays[1], tuple(parts[0].classes))

@@ -67,7 +67,7 @@ def joint_attack(detector, x, y, *, eps, steps=40):
     along the way that is wrong with the lowest score; the last point if there is none.
     """
     instance(detector, Detector, "detector")
-    radius(eps)
+    radius(eps, "linf")
     count(steps, "steps")
     labels(y, len(images(x)))
     best_score = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)

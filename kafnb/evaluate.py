@@ -103,6 +103,17 @@ def _device(model):
     return next((p.device for p in instance(model, torch.nn.Module, "model").parameters()), torch.device("cpu"))
 
 
+def _returned(x_adv, x):
+    """What an attack gave back, if it may count: images that anyone could have sent."""
+    instance(x_adv, torch.Tensor, "what the attack returns")
+    if x_adv.shape != x.shape or not (x_adv.min() >= -1e-6 and x_adv.max() <= 1 + 1e-6):  # NaN is not either
+        raise ValueError(
+            f"the attack must return images of shape {tuple(x.shape)} in [0, 1], got {tuple(x_adv.shape)} in "
+            f"[{x_adv.min():.3g}, {x_adv.max():.3g}]"
+        )
+    return x_adv
+
+
 def clean_accuracy(model, data, *, n=None, batch_size=None):
     """Accuracy on the first n test images of ``data`` (a ``Data``, or a pair of tensors images, labels)."""
     x, y = _images(data, n)
@@ -159,7 +170,8 @@ def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=No
                 rows = standing.nonzero()[:, 0] if labels == "true" else torch.arange(len(batch))
                 if len(rows) == 0:  # nothing left to attack
                     continue
-                x_adv = one(model, x[batch[rows]].to(device), told[batch[rows]].to(device))
+                before = x[batch[rows]].to(device)
+                x_adv = _returned(one(model, before, told[batch[rows]].to(device)), before)
                 standing[rows] &= predict(model, x_adv.to(x.dtype), batch_size) == truth[batch[rows]]
             correct[batch.numpy()] = standing.numpy()
     return Score(correct, labels)

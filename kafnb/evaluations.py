@@ -69,9 +69,10 @@ class Evaluation:
             object.__setattr__(self, field, count(getattr(self, field), field, low, optional=field == "n"))
         object.__setattr__(self, "step_size", number(self.step_size, "step_size", low=0, optional=True))
         object.__setattr__(self, "seed", seed(self.seed))
-        if not (self.attack in ("cw", "deepfool") and self.eps == float("inf")):  # no limit
-            object.__setattr__(self, "eps", radius(self.eps))
         pick(NORMS, self.norm, "norm")
+        norm = "l2" if self.attack in ("cw", "deepfool") else self.norm
+        if not (norm != self.norm and self.eps == float("inf")):  # no limit
+            object.__setattr__(self, "eps", radius(self.eps, norm))
         pick(LOSSES, self.loss, "loss")
         if self.targeted not in (False, "all"):  # towards the labels themselves it would be no attack
             raise ValueError(f"targeted must be False or 'all', got {shown(self.targeted)}")

@@ -55,7 +55,7 @@ class Experiment:
         object.__setattr__(self, "seed", seed(self.seed))
         pairs = self.options.items() if isinstance(self.options, dict) else self.options
         try:
-            options = tuple(sorted((str(k), v) for k, v in pairs))
+            options = tuple(sorted((str(k), tuple(v) if isinstance(v, list) else v) for k, v in pairs))
             json.dumps(options)
         except (TypeError, ValueError):
             raise TypeError(f"options must be (name, value) pairs of plain values, got {shown(self.options)}") from None
@@ -136,8 +136,8 @@ def run(
     OSError
         The store cannot be written: one line. What was finished stays, and the next run goes on from there.
     """
-    experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
-    evaluations = (evaluations,) if isinstance(evaluations, Evaluation) else tuple(evaluations)
+    experiments = [experiments] if isinstance(experiments, Experiment | str) else list(experiments)
+    evaluations = (evaluations,) if isinstance(evaluations, Evaluation | str) else tuple(evaluations)
     for experiment in experiments:  # before hours of training: what is wrong with any of them
         _check(experiment)
     for evaluation in evaluations:
@@ -166,11 +166,12 @@ def run(
     for experiment in experiments:
         for evaluation, score in scores[experiment]:
             low, high = score.interval
+            eps = None if evaluation.attack == "none" else evaluation.eps
             rows.append(
                 dict(
                     data=experiment.data, model=experiment.model, activation=experiment.activation,
                     method=experiment.recipe.method, seed=experiment.seed, metric=evaluation.name,
-                    labels=score.labels, rate=score.rate, low=low, high=high, n=score.n,
+                    labels=score.labels, eps=eps, rate=score.rate, low=low, high=high, n=score.n,
                     correct=score.correct, experiment=experiment.key,
                 )
             )  # fmt: skip
@@ -183,9 +184,9 @@ def load(experiment, *, data_root=None, device="cpu", progress=False, store=None
     A name in place of the experiment is that of a network that comes with the package: ``pretrained.names()``.
     """
     if isinstance(experiment, str):
-        return pretrained.load(experiment, device_of(device))
+        return pretrained.load(experiment, device_of(_found(device)))
     _check(experiment)
-    device, data = device_of(device), load_data(experiment.data, data_root)
+    device, data = device_of(_found(device)), load_data(experiment.data, data_root)
     folder = Folder(Path(store or default_store()) / experiment.name)
     with folder.lock():
         return trained(folder, experiment, data, device, progress)

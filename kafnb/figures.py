@@ -162,7 +162,7 @@ def read_manifest(folder):
 def measured(name, profile):
     """Last measured running times of a notebook in words, from the manifest of its figures."""
     entry = read_manifest(home() / "figures" / profile).get("notebooks", {}).get(name, {})
-    kinds = {"seconds_from_nothing": "training included", "seconds": "with trained models in the store"}
+    kinds = {"seconds_from_nothing": "in a first run", "seconds": "with trained models in the store"}
     times = [f"{entry[kind]} s {words}" for kind, words in kinds.items() if kind in entry]
     return (
         f"{', '.join(times)} ({entry['jobs']} notebooks at a time, {entry['cores']} cores)"

@@ -75,7 +75,8 @@ def free(model, x, y, recipe, state):
 
     The perturbation goes on from batch to batch within an epoch. (arXiv:1904.12843)
     """
-    delta = state.setdefault("delta", torch.zeros(recipe.batch_size, *x.shape[1:], device=x.device))[: len(x)]
+    most = max(recipe.batch_size, len(x))
+    delta = state.setdefault("delta", torch.zeros(most, *x.shape[1:], device=x.device))[: len(x)]
     for _ in range(recipe.replays):
         x_adv = (x + delta).clamp(0, 1).requires_grad_()
         yield _learn(model, x_adv, y)  # the loop's backward pass leaves the input's gradient in x_adv.grad

@@ -109,7 +109,7 @@ def run_notebooks(
     """Execute notebooks into runs/<profile>/, their figures into figures/<profile>/.
 
     Goes on after a notebook that fails. Running times go into the manifest, apart for a store that was empty at
-    the start ("from nothing") and one that was not.
+    the start ("from nothing") and one that had all it took.
 
     Parameters
     ----------
@@ -138,9 +138,10 @@ def run_notebooks(
     jobs = min(len(names), share) or 1
     parameters = dict(profile=profile, seed=seed, device=device, data_root=str(data_root) if data_root else None)
     store = home() / "results"
+    stocked = lambda: {p.parent.name for p in store.glob("*/SHA256SUMS")}  # noqa: E731
     manifest = read_manifest(home() / "figures" / profile).get("notebooks", {})
     names.sort(key=lambda n: -manifest.get(n, {}).get("seconds_from_nothing", 0))  # the longest first
-    kind = "seconds" if store.is_dir() and any(store.glob("*/SHA256SUMS")) else "seconds_from_nothing"
+    before = stocked()
     threads = str(max(1, cores // share))  # for one notebook alone, too: small tensors gain nothing from more
     environment = {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     # glibc keeps what is freed: handing memory back makes each large tensor touch fresh pages
@@ -160,7 +161,8 @@ def run_notebooks(
             unmet = f", {outcome.unmet} checks do not hold" * bool(outcome.unmet)
             bar.write(f"{outcome.name}: {outcome.error or 'done'} ({outcome.seconds:.0f} s){unmet}")
             bar.update()
-            if not (outcome.error or stored):
+            if not (outcome.error or stored or (before and stocked() - before)):  # part of it trained: neither time
+                kind = "seconds" if before else "seconds_from_nothing"
                 entry = {kind: round(outcome.seconds), "jobs": jobs, "cores": cores, "unmet": outcome.unmet}
                 update_manifest(home() / "figures" / profile, "notebooks", outcome.name, entry)
     save_poster(profile)

@@ -43,10 +43,10 @@ def _kwta(ax, table):
     networks = {"ReLU": "relu", "k-WTA, ratio falling": "kwta"}
     for i, (network, activation) in enumerate(networks.items()):
         look = {"color": figures.style(activation)["color"], "label": figures.LABELS[activation]}
-        ax.bar(np.arange(len(rate)) + 0.4 * i - 0.2, rate[network], 0.4, **look)
-    ax.set_xticks(range(len(rate)), [a.replace(" ", "\n") for a in rate.index], fontsize=5.5)
+        ax.barh(np.arange(len(rate)) + 0.4 * i - 0.2, rate[network], 0.4, **look)
+    ax.set_yticks(range(len(rate)), rate.index, fontsize=8)
     seen, left = rate.loc["PGD", "k-WTA, ratio falling"], rate.loc["all together", "k-WTA, ratio falling"]
-    ax.set(ylabel="accuracy, %", ylim=(0, 118))
+    ax.set(xlabel="accuracy, %", ylim=(len(rate) - 0.4, -1.6))  # room for the legend
     ax.set_title(f"k-WTA hides: {seen:.0f} % stand PGD,\n{left:.0f} % stand {len(rate) - 2} attacks together")
     ax.legend(fontsize=8, ncols=2, loc="upper center")
 

@@ -137,6 +137,11 @@ def publish(folder, data_root=None, epochs=False):
     folder = Folder(folder)
     if not folder.path.is_dir() or not (folder.has("experiment.json") and folder.has("weights.safetensors")):
         raise FileNotFoundError(f"no finished experiment in {folder.path}: name a folder of the store")
+    with folder.lock():  # another process may be writing to it
+        return _published(folder, data_root, epochs)
+
+
+def _published(folder, data_root, epochs):
     record = folder.read_json("experiment.json")
     run = record["experiment"] | {"options": dict(record["experiment"]["options"])}
     moved = data_root and run["data"].startswith("folder:")

@@ -141,7 +141,9 @@ def resolve_device(device, needs_gpu=False):
 
 def resolve_data(profile, data_root=None):
     """The data spec of a profile: its own, or the folder tree that ``data_root`` is."""
-    if profile.data == "cifar10" and data_root and (Path(data_root) / "train").is_dir():
+    if data_root and profile.data != "cifar10":
+        raise ValueError(f"profile {profile.name} is of {profile.data}: a data root is for profiles small and paper")
+    if data_root and (Path(data_root) / "train").is_dir():
         return f"folder:{Path(data_root).absolute()}"
     return profile.data
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from .checks import count, instance, number, pick
+from .checks import count, instance, number, pick, radius
 from .methods import METHODS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +24,8 @@ class Recipe:
     schedule : {"triangular", "constant"}
         One cycle low -> high -> low, or high throughout. ``peak`` is where in the cycle the top stands.
     l2 : float, optional
-        Penalty lambda * sum(w^2); None takes the model's own.
+        Penalty lambda * sum(w^2) over the model's ``l2_layers``, or all dense and convolutional ones where it names
+        none; None takes the model's own lambda.
     steps, step_size : of "pgd" (default step 2.5 eps / steps) and of "fgsm_rs" (default 1.25 eps).
     replays : m of "free"; its epochs are divided by it.
     strength : float, optional
@@ -77,6 +78,7 @@ class Recipe:
         object.__setattr__(self, "lr", tuple(float(v) for v in rates))
         for field, low in dict(epochs=0, batch_size=2, steps=1, replays=1, track=0, watch=0).items():
             object.__setattr__(self, field, count(getattr(self, field), field, low))
+        radius(self.eps, "linf")
         for field, low in dict(momentum=0, eps=0, l2=0, step_size=0, strength=0, clip=0).items():
             optional = field not in ("momentum", "eps")
             object.__setattr__(self, field, number(getattr(self, field), field, low, optional=optional))
@@ -119,7 +121,7 @@ def kwta_ratio(epoch, epochs, start, end):
 def optimizer_of(model, recipe):
     """The recipe's optimiser; lambda * sum(w^2) in the loss is a weight decay of 2 lambda in the gradient."""
     l2 = getattr(model, "l2", 0.0) if recipe.l2 is None else recipe.l2
-    types = getattr(model, "l2_layers", ())
+    types = getattr(model, "l2_layers", ()) or ((torch.nn.Conv2d, torch.nn.Linear) if recipe.l2 else ())
     decayed = [m.weight for m in model.modules() if isinstance(m, types)] if types else []
     ids = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in ids]

@@ -40,8 +40,8 @@ def origin_of(experiment, data):
     return {"code": weights_code(experiment), "data": data.fingerprint}
 
 
-def finished_in(folder, data, code):
-    """True if the folder holds a whole result that may be used; an error if that was trained on other data."""
+def finished_in(folder, experiment, data):
+    """True if the folder holds a whole result that may be used; an error if that is of other data or another recipe."""
     if not all(folder.has(name) for name in PRODUCTS):
         return False
     record = folder.read_json("experiment.json")
@@ -50,7 +50,15 @@ def finished_in(folder, data, code):
             f"{folder.path} was trained on other data ({shown(trained_on)}) than {data.name} is now "
             f"({data.fingerprint}): move that folder away, or name the right data"
         )
-    return folder.by_this_code("weights.safetensors", record.get("code"), code)
+    stored, wanted = record.get("experiment", {}), json.loads(json.dumps(dataclasses.asdict(experiment)))
+    for then, now in ((stored, wanted), (stored.get("recipe", {}), wanted["recipe"])):
+        for field in (then.keys() & now.keys()) - {"data", "recipe"}:  # a key leaves out what has its default value
+            if then[field] != now[field]:
+                raise ValueError(
+                    f"{folder.path} was trained with {field} {shown(then[field])}, which is {shown(now[field])} now: a "
+                    "default has changed; move that folder away"
+                )
+    return folder.by_this_code("weights.safetensors", record.get("code"), weights_code(experiment))
 
 
 def _loaded(folder, model):
@@ -69,9 +77,9 @@ def trained(folder, experiment, data, device, progress, finished=None, report=No
     ``report(done, total)`` is called after each epoch; ``learn`` stands in for ``fit``.
     """
     model, origin = experiment.build(data).to(device), origin_of(experiment, data)
-    code = origin["code"]
-    if finished_in(folder, data, code) if finished is None else finished:
+    if finished_in(folder, experiment, data) if finished is None else finished:
         if _loaded(folder, model):
+            folder.drop(*folder.checkpoints())  # of a process that was killed at its very end
             return model.eval()
         model = experiment.build(data).to(device)  # some of the weights may have fitted
     started = time.perf_counter()
@@ -92,7 +100,7 @@ def trained(folder, experiment, data, device, progress, finished=None, report=No
         "experiment": dataclasses.asdict(experiment),
         "parameters": sum(p.numel() for p in model.parameters()),
         "data_fingerprint": data.fingerprint,
-        "code": code,
+        "code": origin["code"],
         "seconds": round(time.perf_counter() - started, 2),
         "device": device_name(device),
     }
@@ -154,7 +162,7 @@ def measure(experiment, evaluations, *, store, data_root=None, device="cpu", pro
     """
     data, folder = load_data(experiment.data, data_root), Folder(Path(store) / experiment.name)
     with folder.lock():
-        finished = finished_in(folder, data, weights_code(experiment))
+        finished = finished_in(folder, experiment, data)
         train = functools.partial(trained, folder, experiment, data, device, progress, finished, report)
         model = functools.cache(train)
         if not finished:
@@ -169,7 +177,7 @@ def measured(experiment, evaluations, store, data_root):
         return False
     files = [evaluation_file(e) for e in (CLEAN, *evaluations)]
     with folder.lock():
-        if not (all(map(folder.has, files)) and finished_in(folder, data, weights_code(experiment))):
+        if not (all(map(folder.has, files)) and finished_in(folder, experiment, data)):
             return False
         weights, code = folder.digest("weights.safetensors"), _evaluations_code()
         made = {name: folder.read_comment(name) for name in files}

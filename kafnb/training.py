@@ -1,5 +1,6 @@
 """One training loop, and the learning-rate range test. A pass over the images is in ``epoch``."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -179,6 +180,7 @@ def range_test(model, data, recipe, *, low=1e-4, high=10.0, steps=100, seed=0, d
     Source: Smith, WACV 2017, arXiv:1506.01186.
     """
     _check(model, data, recipe, seed, device)
+    recipe = dataclasses.replace(recipe, monitor=False)  # to diverge is what it is for
     checks.count(steps, "steps", low=2)
     checks.number(low, "low", above=0)
     checks.number(high, "high", above=low)

@@ -122,7 +122,7 @@ def _check(model, x, y, eps, norm):
     checks.gradients("an attack")
     checks.instance(model, torch.nn.Module, "model")
     checks.pick(NORMS, norm, "norm")
-    checks.radius(eps)
+    checks.radius(eps, norm)
     checks.labels(y, len(checks.images(x)))
 
 

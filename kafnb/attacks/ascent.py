@@ -78,7 +78,7 @@ def ascend(
                 return result
         if norm == "l1":  # a pixel at 0 or 1 cannot go further: leave the step to others
             g = torch.where((x_adv <= 0) & (sign * g < 0) | (x_adv >= 1) & (sign * g > 0), 0, g)
-        step = sign * step_size * steepest(g, norm)
+        step = sign * step_size * steepest(g, norm, step_size)
         x_adv = project(x, x_adv + step - x, eps, norm)
     if rows is None:
         return x_adv

@@ -1,5 +1,7 @@
 """The balls that attacks stay in: uniform draws, projections onto ball and box [0, 1], steepest steps."""
 
+import math
+
 import torch
 
 NORMS = ("linf", "l2", "l1")
@@ -72,18 +74,20 @@ def _project_l1(x, delta, eps):
     return (size.view_as(delta) * delta.sign()).to(delta.dtype)
 
 
-def steepest(gradient, norm="linf"):
+def steepest(gradient, norm="linf", size=1.0):
     """The unit step that increases the linearised loss most: sign for L-inf, the direction itself for L2.
 
-    For L1 that would be one pixel; the step is shared equally by the ``SPARSE`` largest.
+    For L1 that would be one pixel; the step is shared equally by the ``SPARSE`` largest, or so many that none needs to
+    change by more than 1 in a step of ``size``.
     """
     if norm == "linf":
         return gradient.sign()
     if norm == "l2":
+        gradient = gradient.nan_to_num(0.0)  # as the sign of NaN is 0
         largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
         gradient = gradient / largest.view(-1, *[1] * (gradient.ndim - 1))  # or the squares of a small one would vanish
         return gradient / _length(gradient).clamp_min(1e-12)
     flat = gradient.flatten(1)
-    k = max(1, round(SPARSE * flat.shape[1]))
+    k = min(flat.shape[1], max(1, round(SPARSE * flat.shape[1]), math.ceil(size)))
     top = flat.abs().topk(k, dim=1).indices
     return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / k).view_as(gradient)

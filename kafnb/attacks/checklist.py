@@ -105,7 +105,7 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
         Where the value is a share of n images, the limit is that of ``LIMITS`` or ``TOLERANCE`` and one image more:
         one image alone is no finding, however few they are.
     """
-    radius(eps)
+    radius(eps, "linf")
     count(steps, "steps")
     count(queries, "queries")
     if source is not None:
@@ -165,7 +165,7 @@ def loss_surface(model, x, y, *, eps, size=25, seed=0):
     DataFrame
         gradient, random (pixel units), loss; size^2 rows.
     """
-    radius(eps)
+    radius(eps, "linf")
     count(size, "size")
     count(y, "y", low=0)
     seed_of(seed)

@@ -12,7 +12,6 @@ perturbation that "free" carries on keeps its rows only while batches are full.)
 """
 
 import contextlib
-import functools
 from pathlib import Path
 
 import torch
@@ -64,7 +63,9 @@ def fit(
                 sums = torch.zeros(3, dtype=torch.float64)
                 for i, index in enumerate(batches(x, recipe)):
                     xb, yb = taken(x, y, index, recipe)
-                    if len(xb) < parts:  # not an image for each
+                    if len(xb) < parts:  # not an image for each; the schedule goes on
+                        for _ in range(recipe.replays if recipe.method == "free" else 1):
+                            rate()
                         continue
                     for s in states:
                         s["progress"] = done[0] + (done[1] - done[0]) * i * recipe.batch_size / len(x)
@@ -84,27 +85,28 @@ def fit(
             )  # fmt: skip
 
 
-def train(experiment, *, data_root=None, device="cpu", store=None, progress=False, **how):
+def train(experiment, *, data_root=None, device="cpu", store=None, progress=False):
     """``kafnb.load`` on all processes of the group: the first reads and writes the store, the others work with it.
 
-    ``how`` goes to ``fit``. A training that was stopped resumes from its checkpoint, on any number of processes.
+    A training that was stopped resumes from its checkpoint, on any number of processes. It is always with
+    ``sync_batchnorm`` and in one part a process: what the store keeps under an experiment's name is what one process
+    computes.
     """
     with group(device) as (rank, processes, device):
         data, folder = load_data(experiment.data, data_root), Folder(Path(store or default_store()) / experiment.name)
-        together = functools.partial(fit, **how)
         with folder.lock() if rank == 0 else contextlib.nullcontext():
             state, origin = [None], origin_of(experiment, data)
             if rank == 0:
-                state = [(finished_in(folder, data, origin["code"]), folder.read_checkpoint(**origin))]
+                state = [(finished_in(folder, experiment, data), folder.read_checkpoint(**origin))]
             if processes > 1:
                 dist.broadcast_object_list(state)
             finished, resume = state[0]
             if rank == 0:
-                model = trained(folder, experiment, data, device, progress, learn=together)
+                model = trained(folder, experiment, data, device, progress, learn=fit)
             else:
                 model = experiment.build(data).to(device)
                 if not finished:
-                    together(model, data, experiment.recipe, seed=experiment.seed, device=device, resume=resume)
+                    fit(model, data, experiment.recipe, seed=experiment.seed, device=device, resume=resume)
             for tensor in model.state_dict().values() if processes > 1 else ():  # to all what is in the store
                 dist.broadcast(tensor, 0)
             return model.eval()

@@ -1,5 +1,6 @@
 """The process group, and one step of a method on it: what DDP wraps."""
 
+import atexit
 import contextlib
 import os
 
@@ -26,14 +27,10 @@ def group(device="cpu"):
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    mine = not dist.is_initialized()
-    if mine:
+    if not dist.is_initialized():  # for the rest of the process: torchrun lets nobody meet twice
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size(), device
-    finally:
-        if mine:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    yield dist.get_rank(), dist.get_world_size(), device
 
 
 class Learner(nn.Module):

@@ -11,7 +11,7 @@ def images(root, train, size):
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    names = ("train",) if train else ("test", "val")
+    names = ("train",) if train else ("val", "test")
     found = [Path(root) / n for n in names if (Path(root) / n).is_dir()]
     if not found:
         raise FileNotFoundError(f"no folder {Path(root) / names[0]}: the tree must be train/<class>/*, test/<class>/*")

@@ -77,6 +77,9 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
 def _listed(roots):
     """Fingerprint of the images, by class and file name: to train on of each folder, to test on of the last."""
     parts = [*(images(root, True, 32) for root in roots), images(roots[-1], False, 32)]
+    for part in parts[1:]:
+        if part.classes != parts[0].classes:
+            raise ValueError(f"{parts[0].root} and {part.root} have different classes: their labels would not agree")
     lists = [(Path(path).relative_to(part.root).as_posix(), label) for part in parts for path, label in part.samples]
     return hashlib.sha256(repr(lists).encode()).hexdigest()[:16]
 
@@ -97,7 +100,7 @@ def _epoch(ddp, data, training, phase, epoch, done, optimizer, rank, processes, 
     batch = max(1, phase.batch // processes)
     sampler = DistributedSampler(data, processes, rank, seed=training.seed, drop_last=True)
     sampler.set_epoch(done)
-    generator = torch.Generator().manual_seed(1_000_003 * rank + done)
+    generator = torch.Generator().manual_seed(1_000_003 * (training.seed * processes + rank) + done)
     loader = DataLoader(
         data, batch, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=device.type == "cuda",
         generator=generator,
