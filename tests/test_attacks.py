@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kafnb import Recipe, attacks, load_data, models, training
+from kafnb import Evaluation, Recipe, attacks, load_data, models, training
 from kafnb.attacks import losses
 
 
@@ -300,6 +300,28 @@ def test_an_l2_step_has_length_one_however_small_the_gradient(scale):
     step = attacks.steepest(g, "l2")
     assert torch.allclose(step.flatten(1).norm(dim=1), torch.ones(3), atol=1e-5)
     assert (attacks.steepest(torch.zeros(1, 4), "l2") == 0).all()
+    assert attacks.steepest(torch.tensor([[float("nan"), 3.0, 4.0]]), "l2")[0].tolist() == pytest.approx([0, 0.6, 0.8])
+
+
+def test_an_l1_step_uses_its_length_on_small_images(net, images):
+    x, y = images
+    for eps in (3.0, 6.0):  # a pixel has about half of 1 to go
+        moved = (attacks.fgsm(net, x, y, eps=eps, norm="l1") - x).flatten(1).abs()
+        assert (moved.sum(1) <= eps * (1 + 1e-6)).all() and moved.sum(1).mean() > 0.3 * eps
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net, x, y: attacks.pgd(net, x, y, eps=8),
+        lambda net, x, y: Recipe(eps=8),
+        lambda net, x, y: Evaluation("pgd", eps=8),
+    ],
+)
+def test_an_eps_of_8_is_refused(net, images, call):
+    with pytest.raises(ValueError, match="did you mean 8 / 255"):
+        call(net, *images)
+    assert Evaluation("pgd", norm="l2", eps=8).eps == Evaluation("cw", eps=8).eps == 8
 
 
 def test_labels_of_another_integer_type_are_refused_in_one_line(net, images):

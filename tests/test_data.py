@@ -1,5 +1,6 @@
 """Data sets, with small files in the real formats."""
 
+import dataclasses
 import hashlib
 import pickle
 import tarfile
@@ -108,6 +109,17 @@ def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
     assert set(data.test(20)[1].tolist()) == set(data.validation_split(0.2).y_test.tolist()) == {0, 1, 2}
     assert torch.equal(data.x_train[:, 0, 0, 0].long() // 80, data.y_train)
     assert torch.equal(data.x_train, _folder(tmp_path).x_train)  # the same order every time
+
+
+def test_test_images_of_another_size_are_refused():
+    data = load_data("digits")
+    with pytest.raises(ValueError, match=r"one size, got \(1, 8, 8\) and \(1, 4, 4\)"):
+        dataclasses.replace(data, x_test=data.x_test[:, :, :4, :4])
+
+
+def test_a_tree_in_place_of_cifar10_is_named_as_what_it_is(tree):
+    with pytest.raises(ValueError, match="name the data 'folder:"):
+        load_data("cifar10", tree)
 
 
 def test_folder_with_two_sizes_names_the_file(tree):

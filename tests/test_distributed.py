@@ -133,6 +133,20 @@ EXPERIMENT = Experiment(
 
 
 @pytest.mark.slow
+def test_one_script_trains_several(tmp_path):
+    code = f"""
+import dataclasses, torch, test_distributed
+from kafnb import distributed
+torch.set_num_threads(1)
+for seed in range(3):
+    experiment = dataclasses.replace(test_distributed.EXPERIMENT, seed=seed)
+    test_distributed.say(distributed.train(experiment, store={str(tmp_path / "store")!r}))
+"""
+    sums = [line for line in torchrun(code).stdout.splitlines() if line.startswith("sum")]
+    assert len(sums) == 6 and len(set(sums)) == 3 and len(list((tmp_path / "store").iterdir())) == 3
+
+
+@pytest.mark.slow
 def test_stopped_on_two_processes_goes_on_with_three_and_is_kept_once(tmp_path):
     kafnb.run(EXPERIMENT, store=tmp_path / "alone")
     call = f"distributed.train(test_distributed.EXPERIMENT, store={str(tmp_path / 'store')!r})"

@@ -147,6 +147,38 @@ def test_a_result_from_other_data_is_refused(store, tmp_path):
         kafnb.run(dataclasses.replace(experiment, data=spec[1]), store=store)
 
 
+def test_a_result_from_before_a_default_changed_is_refused(store, monkeypatch):
+    kafnb.run(MLP, store=store)
+    folder = Folder(folder_of(store))
+    record = folder.read_json("experiment.json")
+    record["experiment"]["recipe"]["momentum"] = 0.9  # as a version wrote it whose default was another
+    folder.write_json("experiment.json", record)
+    with pytest.raises(ValueError, match=r"trained with momentum 0\.9, which is 0\.0 now"):
+        kafnb.run(MLP, store=store)
+    del record["experiment"]["recipe"]["momentum"]  # a field that came later says nothing
+    folder.write_json("experiment.json", record)
+    assert len(kafnb.run(MLP, store=store)) == 1
+
+
+def test_a_checkpoint_left_by_a_kill_at_the_very_end_goes(store):
+    kafnb.run(MLP, store=store)
+    folder = Folder(folder_of(store))
+    folder.write_checkpoint({"history": [{}]})
+    kafnb.load(MLP, store=store)
+    assert not folder.checkpoints()
+
+
+def test_a_table_says_which_radius(store):
+    attacks = [Evaluation("fgsm", eps=eps, n=20) for eps in (0.05, 0.1)]
+    table = kafnb.run(MLP, attacks, store=store)
+    assert np.isnan(table.eps[0]) and table.eps[1:].tolist() == [0.05, 0.1]
+
+
+def test_options_may_be_lists(store):
+    listed = dataclasses.replace(MLP, options={"hidden": [16]})
+    assert listed == MLP and listed.key == MLP.key and hash(listed) == hash(MLP)
+
+
 def test_a_folder_keeps_its_name_behind_a_link(tmp_path, monkeypatch):
     """The name is part of the key: the same from the command line (an absolute path) and from a notebook."""
     (tmp_path / "real" / "train").mkdir(parents=True)
@@ -193,6 +225,9 @@ def test_bad_names_are_refused_before_anything_is_written(store):
     assert not folder_of(store).exists()
     with pytest.raises(ValueError, match="attack"):
         Evaluation("pdg")
+    for wrong in (lambda: kafnb.run("mlp"), lambda: kafnb.run(MLP, "pgd", store=store)):
+        with pytest.raises(TypeError, match=r"must be a (Experiment|Evaluation), got '(mlp|pgd)'"):
+            wrong()
     with pytest.raises(FileNotFoundError, match="run it first"):
         kafnb.history(dataclasses.replace(MLP, seed=99), store=store)
 

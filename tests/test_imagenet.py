@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,17 @@ def test_a_missing_folder_is_named(tmp_path):
     wrong = [sys.executable, "-m", "kafnb.imagenet", str(tmp_path)]
     said = subprocess.run(wrong, capture_output=True, text=True, timeout=300)
     assert said.returncode == 2 and re.fullmatch(r"kafnb\.imagenet: no folder .*train/<class>.*\n", said.stderr)
+
+
+def test_folders_of_other_classes_are_refused(tmp_path):
+    root = imagenet.toy_folder(tmp_path / "toy", train=4, test=2)
+    (root / "test").rename(root / "val")
+    (root / "test" / "images").mkdir(parents=True)  # ImageNet's test images have no labels
+    assert imagenet.images(root, False, 32).root == root / "val"
+    shutil.rmtree(root / "val" / "class0")
+    training = imagenet.small(imagenet.Training(), 4)
+    with pytest.raises(ValueError, match="different classes"):
+        imagenet.train(training, root, store=tmp_path / "store")
 
 
 @pytest.mark.slow

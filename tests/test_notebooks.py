@@ -126,7 +126,7 @@ def test_keep_stores_outputs_and_nothing_of_papermill(checkout):
     "arguments",
     [["figures", "--only", "77"], ["figures", "--profile", "paper"], ["figures", "--device", "tpu"],
      ["figures", "--data-root", "/no/such/folder"], ["figures", "--jobs", "0"], ["figures", "--profile", "small", "--keep"],
-     ["figures", "--dry-run"]],
+     ["figures", "--dry-run"], ["figures", "--address", "auto"], ["figures", "--data-root", "."]],
 )  # fmt: skip
 def test_bad_command_lines_get_one_line_and_exit_2(arguments, capsys, monkeypatch):
     monkeypatch.setattr(profiles.torch.cuda, "is_available", lambda: False)

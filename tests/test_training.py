@@ -162,6 +162,22 @@ def test_tracking(tiny):
     assert ((history.pgd <= history.clean) & (history.clean <= 1)).all()
 
 
+def test_range_test_of_a_recipe_that_watches_its_gradients(tiny):
+    recipe = Recipe(monitor=True, batch_size=20)
+    table = training.range_test(models.mlp(hidden=(8,)), tiny, recipe, low=1, high=1e38, steps=4)
+    assert len(table) <= 4 and not table.loss.iloc[-1] < 100
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.05])
+def test_a_penalty_reaches_networks_that_name_no_layers(tiny, l2):
+    nets = [models.mlp(hidden=(8,)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, lam in zip(nets, (None, l2), strict=True):
+        training.fit(net, tiny, Recipe(epochs=2, batch_size=20, lr=(0.1, 0.1), l2=lam))
+    sizes = [sum(p.square().sum() for n, p in net.named_parameters() if "weight" in n) for net in nets]
+    assert (sizes[1] < 0.99 * sizes[0]) if l2 else sizes[0] == sizes[1]
+
+
 def test_range_test(tiny):
     table = training.range_test(
         models.mlp(), tiny, Recipe("fgsm", eps=0.05, batch_size=32), low=1e-3, high=100, steps=60
