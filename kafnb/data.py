@@ -152,7 +152,7 @@ def _cifar10(root):
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
                 f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put cifar-10-python.tar.gz there, "
-                "or take a tree of train/<class>/ and test/<class>/ images: a notebook's data_root, or data 'folder:PATH'"
+                "or take a tree of images, train/<class>/*, test/<class>/*: a notebook's data_root, data 'folder:PATH'"
             ) from None
     arrays = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Data("cifar10", *arrays[0], *arrays[1], tuple(parts[0].classes))
