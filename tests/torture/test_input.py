@@ -290,7 +290,7 @@ def test_nearest_names_are_suggested():
 
 # --- good input is not refused, and stays what it was ----------------------------------------------------------------
 
-some = st.floats(0, 2, allow_subnormal=False)
+some = st.floats(0, 1, allow_subnormal=False)
 
 
 @cases(max_examples=1500 if LONG else 30)
