@@ -132,6 +132,13 @@ EXPERIMENT = Experiment(
 )
 
 
+def test_a_batch_with_too_few_images_for_the_parts_keeps_its_place_in_the_schedule():
+    recipe, rates = Recipe(epochs=4, batch_size=128, lr=(0.01, 0.1)), {}
+    for parts in (1, 3):  # 258 images: the last batch has two
+        rates[parts] = distributed.fit(network("standard"), cut(258), recipe, accumulate=parts).lr.tolist()
+    assert rates[3] == pytest.approx(rates[1])
+
+
 @pytest.mark.slow
 def test_one_script_trains_several(tmp_path):
     code = f"""

@@ -35,6 +35,16 @@ def learned(model, x, y, method, progress=1.0, **fields):
     return logits, loss, seen
 
 
+def test_free_takes_batches_larger_than_the_recipe_says(smooth):
+    model, x, y = smooth  # 9 images: streamed data have batches of their own
+    state, inputs = {}, []
+    hook = model.register_forward_pre_hook(lambda m, inputs_: inputs.append(inputs_[0].detach().clone()))
+    for _, loss in METHODS["free"](model, x, y, Recipe("free", batch_size=4, replays=2, eps=0.1), state):
+        loss.backward()
+    hook.remove()
+    assert len(state["delta"]) == 9 and torch.equal(inputs[0], x) and ((inputs[1] - x).abs().amax((1, 2, 3)) > 0).all()
+
+
 def test_n_fgsm_steps_from_noise_and_does_not_project(smooth):
     model, x, y = smooth
     logits, loss, (noisy, x_adv) = learned(model, x, y, "n_fgsm", eps=0.1)

@@ -14,7 +14,8 @@ def images(root, train, size):
     names = ("train",) if train else ("val", "test")
     found = [Path(root) / n for n in names if (Path(root) / n).is_dir()]
     if not found:
-        raise FileNotFoundError(f"no folder {Path(root) / names[0]}: the tree must be train/<class>/*, test/<class>/*")
+        said = " or ".join(str(Path(root) / n) for n in names)
+        raise FileNotFoundError(f"no folder {said}: the tree must be train/<class>/*, val/<class>/* (or test/)")
     crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     centre = [v2.Resize(round(size * 1.14), antialias=True), v2.CenterCrop(size)]
     steps = [v2.ToImage(), *(crop if train else centre), v2.ToDtype(torch.float32, scale=True)]
