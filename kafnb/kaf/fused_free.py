@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .free import of_parameters
-from .walk import column, keep, layout, like, places, programs, read
+from .walk import channels, column, keep, layout, like, places, programs, read
 
 ROWS = 16  # of a tile backward, where sums of the whole program follow each point
 
@@ -19,16 +19,18 @@ ROWS = 16  # of a tile backward, where sums of the whole program follow each poi
 @triton.jit
 def _kernel(x, d_ptr, c, i, exponent, C: tl.constexpr, D: tl.constexpr):
     """t = x - d_i and k = 2^(exponent t^2)."""
-    t = tl.minimum(tl.maximum(x - column(d_ptr, c, i, C, D), -1e18), 1e18)  # t^2 stays finite
+    t = x - column(d_ptr, c, i, C, D)
+    t = tl.clamp(t, -1e18, 1e18, propagate_nan=tl.PropagateNan.ALL)  # t^2 stays finite
     return t, tl.exp2(exponent * t * t)
 
 
-@triton.jit(do_not_specialize=["n_stride", "c_stride", "l_stride"])
+@triton.jit
 def _forward_kernel(
-    x_ptr, a_ptr, d_ptr, exponents, f_ptr, total, n_stride, c_stride, l_stride, C: tl.constexpr, L: tl.constexpr,
+    x_ptr, a_ptr, d_ptr, exponents, f_ptr, total, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    place, inside, c = places(tl.program_id(0), n_stride, c_stride, l_stride, total, C, L, ROWS, LANES, WIDTH)
+    c = channels(LANES, WIDTH)
+    place, inside = places(tl.program_id(0), c, total, C, L, LAST, ROWS, LANES, WIDTH)
     x, exponent = read(x_ptr, place, inside), column(exponents, c, 0, C, 1)
     f = tl.zeros_like(x)
     for i in range(D):
@@ -37,13 +39,14 @@ def _forward_kernel(
     tl.store(f_ptr + place, f.to(f_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_stride", "c_stride", "l_stride"])
+@triton.jit
 def _backward_kernel(
-    x_ptr, g_ptr, m_ptr, d_ptr, exponents, dx_ptr, h_ptr, total, n_stride, c_stride, l_stride,
-    C: tl.constexpr, L: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, g_ptr, m_ptr, d_ptr, exponents, dx_ptr, h_ptr, total, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
     NEED_X: tl.constexpr, NEED_SUMS: tl.constexpr,
 ):  # fmt: skip
-    place, inside, c = places(tl.program_id(0), n_stride, c_stride, l_stride, total, C, L, ROWS, LANES, WIDTH)
+    c = channels(LANES, WIDTH)
+    place, inside = places(tl.program_id(0), c, total, C, L, LAST, ROWS, LANES, WIDTH)
     x, g, exponent = read(x_ptr, place, inside), read(g_ptr, place, inside), column(exponents, c, 0, C, 1)
     dx = tl.zeros_like(x)
     for i in range(D):
@@ -69,26 +72,26 @@ def _tables(c, gamma, *tables):
 
 def forward(x, alpha, dictionary, gamma):
     """f(x) in x's type, and in its memory format where that is channels first or last."""
-    x, walk, shape = layout(x)
+    x, total, shape = layout(x)
     out = torch.empty_like(x)
     if x.numel():
         tables = _tables(x.shape[1], gamma, alpha, dictionary)
-        _forward_kernel[programs(shape, walk[0])](x, *tables, out, *walk, D=alpha.shape[1], **shape)
+        _forward_kernel[programs(shape, total)](x, *tables, out, total, D=alpha.shape[1], **shape)
     return out
 
 
 def _backward(g, x, alpha, dictionary, gamma, need_x, need_sums):
     """dx, and the sums of g k, g k t and g k t^2, (3, C, D). Partial sums are added in a fixed order: repeatable."""
-    x, walk, shape = layout(x)
+    x, total, shape = layout(x)
     c, size = x.shape[1], dictionary.shape[1]
     if not x.numel():
         return torch.zeros_like(x), dictionary.new_zeros(3, c, size)
     shape["ROWS"] = ROWS
-    where, tables = programs(shape, walk[0]), _tables(c, gamma, -2 * gamma[:, None] * alpha, dictionary)
+    where, tables = programs(shape, total), _tables(c, gamma, -2 * gamma[:, None] * alpha, dictionary)
     dx = torch.empty_like(x) if need_x else x
     partial = torch.empty(where[0], 3, c, size, dtype=torch.float32, device=x.device) if need_sums else tables[0]
     _backward_kernel[where](
-        x, like(g, x), *tables, dx, partial, *walk, D=size, **shape, NEED_X=need_x, NEED_SUMS=need_sums
+        x, like(g, x), *tables, dx, partial, total, D=size, **shape, NEED_X=need_x, NEED_SUMS=need_sums
     )  # fmt: skip
     return dx, partial.sum(0).to(dictionary.dtype) if need_sums else None
 

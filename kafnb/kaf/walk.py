@@ -1,8 +1,8 @@
 """How the CUDA kernels go through a tensor, in channels first or last.
 
 A program works on tiles of ROWS rows, each of them one element a thread: LANES places of WIDTH channels, neighbours in
-memory in channels first (WIDTH 1) as in channels last. A thread keeps to its lane and channel, so what it sums over
-images stays in its registers until the program's last tile.
+memory in channels first (WIDTH 1) as in channels last. A thread keeps to its lane and channel, so what belongs to a
+channel and what is summed over images stays in its registers until the program's last tile.
 """
 
 import math
@@ -13,19 +13,30 @@ import triton.language as tl
 
 WARPS = 4
 ROWS = 8  # of a tile
-LEAST, TILES = 256, 16  # programs of a backward pass that give a GPU enough to do; tiles of each where there are more
+LEAST = 512  # programs that give a GPU enough to do
 
 
 @triton.jit
-def places(tile, n_stride, c_stride, l_stride, total,
-           C: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Places in memory of a tile's elements, which of them exist, and the channel of each thread (1, threads)."""
-    row, thread = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES * WIDTH)[None, :]
-    c = tl.program_id(1) * WIDTH + thread % WIDTH
-    j = (tile * ROWS + row) * LANES + thread // WIDTH
-    place = (j // L).to(tl.int64) * n_stride + c * c_stride + (j % L) * l_stride
-    # the compiler lets threads run along the contiguous dimension, and does not see which one that is
-    return tl.max_contiguous(place, (1, 2)), (j < total) & (c < C), c
+def channels(LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The channel of each thread, (1, threads)."""
+    return tl.program_id(1) * WIDTH + tl.arange(0, LANES * WIDTH)[None, :] % WIDTH
+
+
+@triton.jit
+def places(tile, c, total, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr,
+           ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Places in memory of a tile's elements, and which of them exist; what differs between tiles is one number."""
+    j = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES * WIDTH)[None, :] // WIDTH
+    start = tile * (ROWS * LANES)
+    if LAST:
+        place = start.to(tl.int64) * C + (j * C + c)
+    elif L % (ROWS * LANES) == 0:
+        place = (start // L).to(tl.int64) * (C * L) + start % L + (c * L + j)
+    else:
+        place = ((start + j) // L).to(tl.int64) * (C * L) + c * L + (start + j) % L
+    # for the compiler: threads run along the second dimension, and each takes one element of it
+    place = tl.multiple_of(tl.max_contiguous(place, (1, 2)), (1, 1))
+    return place, (j < total - start) & (c < C)
 
 
 @triton.jit
@@ -48,21 +59,21 @@ def keep(ptr, i, sums, C: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WI
 
 
 def layout(x):
-    """x, contiguous in channels first or last, and how a kernel goes through it: (total, strides), constants."""
+    """x, contiguous in channels first or last, how many places it has of each channel, and how a kernel goes there."""
     last = torch.channels_last
     x = x if x.ndim == 4 and x.is_contiguous(memory_format=last) else x.contiguous()
     (n, c), length = x.shape[:2], math.prod(x.shape[2:])
-    strides = (c * length, length, 1) if x.is_contiguous() else (c * length, 1, c)
-    width = min(triton.next_power_of_2(c), 32 * WARPS) if strides[1] == 1 else 1
-    shape = dict(C=c, L=length, ROWS=ROWS, LANES=32 * WARPS // width, WIDTH=width, num_warps=WARPS)
-    return x, (n * length, *strides), shape
+    last = length == 1 or not x.is_contiguous()
+    width = min(triton.next_power_of_2(c), 32 * WARPS) if last else 1
+    shape = dict(C=c, L=length, LAST=last, ROWS=ROWS, LANES=32 * WARPS // width, WIDTH=width, num_warps=WARPS)
+    return x, n * length, shape
 
 
-def programs(shape, total, several=False):
-    """The grid of programs, (tiles, groups of channels); fewer than tiles where each is to go through several."""
+def programs(shape, total, each=1):
+    """The grid of programs, (tiles, groups of channels); where there are enough, ``each`` goes through several."""
     groups = triton.cdiv(shape["C"], shape["WIDTH"])
     tiles = triton.cdiv(total, shape["ROWS"] * shape["LANES"])
-    return min(tiles, max(triton.cdiv(LEAST, groups), tiles // TILES)) if several else tiles, groups
+    return min(tiles, max(triton.cdiv(LEAST, groups), tiles // each)), groups
 
 
 def like(g, x):
