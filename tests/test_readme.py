@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -113,6 +114,21 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
     verdicts = pd.read_csv(folder / "18_conclusions_claims.csv").verdict.value_counts()
     assert verdicts["not testable"] == 20 and verdicts.sum() == 24 and "All but four of the thesis' 24" in text
     assert "holds" not in verdicts and "none of the four holds" in text
+
+
+def test_what_is_said_of_learned_kafs_is_in_the_table():
+    """README and notebook 14, section 9."""
+    bends = pd.read_csv(home() / "figures" / "paper" / "14_resnet20_evaluation_bends.csv")
+    bends = bends.pivot(index="activation", columns="layer", values="chi")
+    after, most = bends.loc[:, 1:], bends.loc[:, 1:].max(axis=1)
+    typical = np.exp(np.log(after).mean(axis=1))
+    assert "falls from 3.2 to 1.4 in a typical layer" in " ".join(README.split())
+    for name in ("kaf", "kaf_free"):
+        assert bends.loc[name, 0] == pytest.approx(3.2, abs=0.05) and typical[name] == pytest.approx(1.4, abs=0.05)
+    assert typical["relu"] == pytest.approx(1.2, abs=0.06)
+    assert most["kaf_relu"] == after.loc["kaf_relu", 1] == pytest.approx(6, abs=0.3)
+    assert most["kaf_elu"] == after.loc["kaf_elu", 5] == pytest.approx(4.7, abs=0.05)
+    assert len(most) == 8 and most.drop(["kaf_relu", "kaf_elu"]).max() < 2.1
 
 
 def test_what_is_said_of_vgg_on_photographs():
