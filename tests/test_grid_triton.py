@@ -58,9 +58,6 @@ def check(device, sizes=SIZES):
                 assert_near(got, wants, ("f", "dx", "dalpha"), rtol, (size, shape, memory_format, dtype))
                 far = (boundary + 30 * kaf.grid.spacing) * torch.ones_like(x).copysign(x)  # there all is nothing
                 assert (grid_triton.forward(far, alpha * 1e30, kaf.grid) == 0).all()
-                none = torch.full_like(x, float("nan"))
-                f, dx = grid_triton.forward(none, alpha, kaf.grid), grid_triton.gradients(g, none, alpha, kaf.grid)[0]
-                assert f.isnan().all() and dx.isnan().all()
                 alone = grid_triton.gradients(g, x, alpha, kaf.grid, need_alpha=False)
                 assert torch.equal(alone[0], got[1]) and alone[1] is None
 
@@ -89,13 +86,22 @@ def check_free(device):
             case = size, shape, memory_format, dtype
             assert_near(got, wants, ("f", "dx", "dalpha", "dd", "dgamma", "h"), rtol, case)
             assert fused_free.gradients(g, x, *tables, need_parameters=False)[1:] == (None, None, None)
-            none = torch.full_like(x, float("nan"))
-            f, dx = fused_free.forward(none, *tables), fused_free.gradients(g, none, *tables)[0]
-            assert f.isnan().all() and dx.isnan().all()
+
+
+def check_nan(device):
+    """What is not a number stays none: a training that diverges must be seen."""
+    from kafnb import KAF
+    from kafnb.kaf import fused, fused_free
+
+    kaf, none = KAF(4).to(device), torch.full((2, 4, 3), float("nan"), device=device)
+    tables = kaf.alpha.detach(), kaf.dictionary.expand(4, -1), torch.ones(1, device=device)
+    for kernels, described in ((fused, (tables[0], kaf.grid)), (fused_free, tables)):
+        f, dx = kernels.forward(none, *described), kernels.gradients(torch.ones_like(none), none, *described)[0]
+        assert f.isnan().all() and dx.isnan().all(), kernels.__name__
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checked", ["check", "check_free"])
+@pytest.mark.parametrize("checked", ["check", "check_free", "check_nan"])
 def test_interpreted(checked):
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -146,3 +152,4 @@ def test_on_a_gpu(size):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_free_on_a_gpu():
     check_free("cuda")
+    check_nan("cuda")
