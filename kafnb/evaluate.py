@@ -1,5 +1,6 @@
 """Clean and robust accuracy, with the label protocol as an explicit choice."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -74,6 +75,20 @@ def _images(data, n):
     return x, y
 
 
+@contextlib.contextmanager
+def exact(device):
+    """Inside, convolutions on CUDA are computed in float32, and not in TF32, as is PyTorch's default."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    if device.type == "cuda":
+        conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            conv.fp32_precision = before
+
+
 def predict(model, x, batch_size=None, y=None):
     """Predicted class of each image, int64 (N,), in eval mode without gradients; -1 where logits are NaN.
 
@@ -83,7 +98,7 @@ def predict(model, x, batch_size=None, y=None):
     if len(images(x, box=False)) == 0:
         raise ValueError("predict needs at least one image")
     batch_size = _batch_size(batch_size, device, x)
-    with still(model), torch.no_grad(), forward(x):
+    with still(model), torch.no_grad(), exact(device), forward(x):
         for batch in x.split(batch_size):
             logits = model(batch.to(device))
             answers.append(logits.argmax(1).masked_fill(logits.isnan().any(1), -1).cpu())
@@ -121,7 +136,7 @@ def clean_accuracy(model, data, *, n=None, batch_size=None):
 
 
 def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=None, seed=0):
-    """Accuracy under attack.
+    """Accuracy under attack; on CUDA attacked and scored in float32 throughout.
 
     Parameters
     ----------
@@ -162,7 +177,7 @@ def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=No
     size = _batch_size(batch_size, device, x)
     groups = [correct] if labels == "true" else [correct, ~correct & (answer >= 0).numpy()]
     batches = [batch for group in groups for batch in torch.from_numpy(np.flatnonzero(group)).split(size) if len(batch)]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), exact(device):
         torch.manual_seed(seed)
         for batch in batches:
             standing = torch.ones(len(batch), dtype=torch.bool)

@@ -132,3 +132,47 @@ def test_an_image_whose_logits_are_nan_is_wrong():
     for labels in ("true", "predicted"):
         score = evaluate.robust_accuracy(Broken(), (x, y), lambda model, x, y: x, labels)
         assert score.correct.tolist() == [False] + [True] * 9
+
+
+def test_attacks_run_without_tf32(monkeypatch):
+    """On CUDA PyTorch's convolutions take TF32 unless told otherwise: ten bits where gradients are small."""
+    conv = torch.backends.cudnn.conv
+    before, inside = conv.fp32_precision, []
+    with pytest.raises(KeyError), evaluate.exact(torch.device("cuda")):
+        inside.append(conv.fp32_precision)
+        raise KeyError
+    with evaluate.exact(torch.device("cpu")):
+        inside.append(conv.fp32_precision)
+    assert inside == ["ieee", before] and conv.fp32_precision == before
+    monkeypatch.setattr(evaluate, "_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, **how: self)  # no such device here
+    seen = []
+
+    def attack(model, x, y):
+        seen.append(conv.fp32_precision)
+        return x
+
+    data = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    evaluate.robust_accuracy(Watched(seen), data, attack, "predicted")
+    assert set(seen) == {"ieee"} and len(seen) > 2 and conv.fp32_precision == before
+
+
+class Watched(torch.nn.Module):
+    """Notes with which precision it is called; says class 0."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x):
+        self.seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return torch.eye(3)[:1].expand(len(x), 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_convolutions_are_exact_on_a_gpu():
+    conv, x = torch.nn.Conv2d(64, 64, 3), torch.randn(8, 64, 32, 32)
+    with torch.no_grad(), evaluate.exact(torch.device("cuda")):
+        error = (conv.cuda()(x.cuda()).cpu().double() - conv.cpu().double()(x.double())).abs().max()
+    assert error < 1e-5, error
