@@ -129,6 +129,12 @@ def test_what_is_said_of_learned_kafs_is_in_the_table():
     assert most["kaf_relu"] == after.loc["kaf_relu", 1] == pytest.approx(6, abs=0.3)
     assert most["kaf_elu"] == after.loc["kaf_elu", 5] == pytest.approx(4.7, abs=0.05)
     assert len(most) == 8 and most.drop(["kaf_relu", "kaf_elu"]).max() < 2.1
+    shapes, turns = pd.read_csv(home() / "figures" / "paper" / "14_resnet20_evaluation_shapes.csv"), []
+    for _, drawn in shapes[shapes.activation.isin(["kaf", "kaf_free"])].groupby(["activation", "layer"]):
+        for curve in drawn.filter(like="channel").to_numpy().T:
+            steps = np.diff(curve)
+            turns.append((np.diff(np.sign(steps[np.abs(steps) > 1e-3 * np.ptp(curve)])) != 0).sum())
+    assert len(turns) == 80 and np.isin(turns, (1, 2)).mean() > 0.8, turns  # "mostly curves with one turn or two"
 
 
 def test_what_is_said_of_vgg_on_photographs():
