@@ -1,5 +1,6 @@
 """Every activation function of the companion by name: ``activation(name, channels)``."""
 
+import torch
 from torch import nn
 
 from .checks import count, pick
@@ -58,3 +59,9 @@ def activation(name, channels):
     if colon:
         return KAF(channels, kernel=tuple(kernels.split("+")), init=start)
     return pick(ACTIVATIONS, name, "activation")(channels)
+
+
+def kinds():
+    """Types of the modules that ``ACTIVATIONS`` makes, but Identity and Sequential, which stand for much else too."""
+    with torch.random.fork_rng(devices=[]):
+        return {type(make(8)) for make in ACTIVATIONS.values()} - {nn.Identity, nn.Sequential}

@@ -13,6 +13,8 @@ from .checks import number
 def threshold(x, ratio):
     """The smallest value that wins in each example, (N, *) -> (N, 1, ...); a constant for the gradient."""
     flat = x.detach().flatten(1)
+    if flat.shape[1] == 0:
+        return flat.new_zeros(len(x), *[1] * (x.ndim - 1))
     k = max(1, round(ratio * flat.shape[1]))
     return _kth_largest(flat, k).view(-1, *[1] * (x.ndim - 1))
 

@@ -16,7 +16,8 @@ from .certify.bounds import interval_bounds
 from .kaf import KAF
 from .lipschitz import activation_constant, chain_bound
 from .lipschitz.kaf import kaf_steepest
-from .lipschitz.maps import linear_map, shapes
+from .lipschitz.maps import linear_map
+from .probes import shapes
 
 
 class Autocast(torch.nn.Module):

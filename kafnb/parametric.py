@@ -28,8 +28,7 @@ class SReLU(nn.Module):
     def forward(self, x):
         left, right = _shaped(self.left, x), _shaped(self.right, x)
         over, under = torch.relu(x - right), torch.relu(left - x)
-        middle = torch.minimum(torch.maximum(x, left), right)
-        return middle + _shaped(self.right_slope, x) * over - _shaped(self.left_slope, x) * under
+        return x.clamp(left, right) + _shaped(self.right_slope, x) * over - _shaped(self.left_slope, x) * under
 
 
 class APL(nn.Module):

@@ -11,19 +11,11 @@ import math
 import torch
 from torch import nn
 
+from .activations import kinds
 from .attacks import still
 from .checks import count, forward, images, instance
 
 WHERE = ("before", "after")
-
-
-def activation_layers(model, x):
-    """Names of the activation functions of ``model``, in the order in which they run on ``x``."""
-    from .lipschitz.maps import shapes  # knows the order
-    from .lipschitz.units import CONSTANTS
-
-    kinds = tuple(k for k in CONSTANTS if k is not nn.Identity)
-    return [name for module, (name, _) in shapes(model, x).items() if isinstance(module, kinds)]
 
 
 @contextlib.contextmanager
@@ -74,6 +66,25 @@ def capture(model, layers, where="after"):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def shapes(model, x):
+    """module -> (its name, shape of one example of its input), of every module that runs on ``x``."""
+    if len(images(x, box=False)) == 0:
+        raise ValueError("at least one image is needed, got none")
+    modules = dict(instance(model, nn.Module, "model").named_modules())
+    for name, m in model.named_modules(remove_duplicate=False):
+        if name not in modules and isinstance(m, nn.Conv2d | nn.AdaptiveAvgPool2d):
+            raise ValueError(f"{name} is a layer used twice, where its input may have two sizes: make it two layers")
+    with still(model), torch.no_grad(), forward(x), capture(model, modules, "before") as found:
+        model(x[:1])
+    return {modules[name]: (name, tuple(v.shape[1:])) for name, v in found.items()}
+
+
+def activation_layers(model, x):
+    """Names of the activation functions of ``model``, in the order in which they run on ``x``; yours if registered."""
+    known = kinds()
+    return [name for module, (name, _) in shapes(model, x).items() if type(module) in known]
 
 
 def stream(model, batches, collectors, where="after"):

@@ -113,13 +113,22 @@ def evaluation_file(evaluation):
     return f"evaluation-{evaluation.name.split(' ')[0].lower()}-{key_of(evaluation)}.csv"
 
 
-def _stored(folder, name, labels, truth, origin):
+def _unlike(made, evaluation, weights):
+    """Why a stored evaluation with the comment ``made`` is not this one, in words; empty if it is."""
+    if made.get("weights", weights) != weights:
+        return "is of other weights than are there now"
+    changed = [field for field, value in dataclasses.asdict(evaluation).items() if made.get(field, value) != value]
+    return f"was measured with another {' and '.join(changed)}: a default has changed" if changed else ""
+
+
+def _stored(folder, evaluation, truth, origin):
     """The ``Score`` in a stored evaluation, or None where there is none that may be used."""
+    name = evaluation_file(evaluation)
     if not folder.has(name):
         return None
     made = folder.read_comment(name)
-    if made.get("weights", origin["weights"]) != origin["weights"]:
-        folder.set_aside(name, "is of other weights than are there now")
+    if reason := _unlike(made, evaluation, origin["weights"]):
+        folder.set_aside(name, reason)
         return None
     if not folder.by_this_code(name, made.get("code"), origin["code"]):
         return None
@@ -132,7 +141,7 @@ def _stored(folder, name, labels, truth, origin):
     if not right:
         folder.set_aside(name, "does not hold an evaluation on these images")
         return None
-    return Score(correct.astype(bool), labels)
+    return Score(correct.astype(bool), "none" if evaluation.attack == "none" else evaluation.labels)
 
 
 def _evaluations_code():
@@ -140,18 +149,16 @@ def _evaluations_code():
 
 
 def _score(folder, evaluation, model, data):
-    name = evaluation_file(evaluation)
-    labels = "none" if evaluation.attack == "none" else evaluation.labels
     code = _evaluations_code()
     origin = {"code": code, "weights": folder.digest("weights.safetensors")}
-    if score := _stored(folder, name, labels, data.y_test[: evaluation.n], origin):
+    if score := _stored(folder, evaluation, data.y_test[: evaluation.n], origin):
         return score
     score = evaluation(model(), data)
     table = pd.DataFrame(
         {"image": range(score.n), "label": data.y_test[: score.n], "correct": score.correct.astype(int)}
     )
     origin = {"code": code, "weights": folder.digest("weights.safetensors")}
-    folder.write_table(name, table, json.dumps(dataclasses.asdict(evaluation) | origin))
+    folder.write_table(evaluation_file(evaluation), table, json.dumps(dataclasses.asdict(evaluation) | origin))
     return score
 
 
@@ -175,13 +182,12 @@ def measured(experiment, evaluations, store, data_root):
     folder, data = Folder(store / experiment.name), load_data(experiment.data, data_root)
     if not folder.path.is_dir() or (folder.busy() and not (folder.path / PRODUCTS[-1]).exists()):  # written last
         return False
-    files = [evaluation_file(e) for e in (CLEAN, *evaluations)]
+    files = {evaluation_file(e): e for e in (CLEAN, *evaluations)}
     with folder.lock():
         if not (all(map(folder.has, files)) and finished_in(folder, experiment, data)):
             return False
         weights, code = folder.digest("weights.safetensors"), _evaluations_code()
         made = {name: folder.read_comment(name) for name in files}
-        return all(
-            m.get("weights", weights) == weights and folder.by_this_code(name, m.get("code"), code)
-            for name, m in made.items()
+        return not any(_unlike(made[name], evaluation, weights) for name, evaluation in files.items()) and all(
+            folder.by_this_code(name, made[name].get("code"), code) for name in files
         )

@@ -118,6 +118,10 @@ def test_nan_stays_nan_in_kwta():
     assert y[0, 0].isnan() and y[0, 1:].tolist() == [0, 0, 3]
 
 
+def test_kwta_of_nothing_is_nothing():
+    assert KWTA(0.5)(torch.zeros(2, 3, 0, 4)).shape == (2, 3, 0, 4) and KWTA(0.5)(torch.zeros(0, 3)).shape == (0, 3)
+
+
 def test_kwta_keeps_the_largest_of_each_example():
     x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
     for ratio in (0.01, 0.15, 0.5, 0.99):

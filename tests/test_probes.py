@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from kafnb import models, probes
+from kafnb import ACTIVATIONS, models, probes
 
 
 @pytest.fixture
@@ -46,6 +46,17 @@ def test_activation_layers_in_the_order_they_run():
     model = models.resnet(8, "kaf", block="thesis", in_channels=1, image_size=8, width=4)
     names = probes.activation_layers(model, torch.zeros(1, 1, 8, 8))
     assert names[:3] == ["stem.2", "blocks.0.act1", "blocks.0.act2"] and len(names) == 7
+
+
+def test_a_registered_activation_is_one_of_the_layers(monkeypatch):
+    class Cube(nn.Module):
+        def forward(self, x):
+            return x**3
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Cube(), nn.Sequential(nn.Linear(4, 2), nn.ReLU())), torch.rand(1, 4)
+    assert probes.activation_layers(model, x) == ["2.1"]
+    monkeypatch.setitem(ACTIVATIONS, "cube", lambda channels: Cube())
+    assert probes.activation_layers(model, x) == ["1", "2.1"]
 
 
 def test_moments_equal_numpy_on_everything(batches):

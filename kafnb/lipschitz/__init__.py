@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from ..models import _PadShortcut
+from ..probes import shapes
 from .intervals import local_bound
 from .kaf import kaf_bound, kaf_constant
 from .layers import spectral_norm
 from .local import clever, gradient_norms, jacobian_norms
-from .maps import expand, shapes
+from .maps import expand
 from .units import CONSTANTS, activation_constant
 
 __all__ = [
@@ -68,7 +69,7 @@ def chain_bound(layers, shape_of, norm, constant, fold=True):
     """Product over a list of layers, with sums over residual branches: what ``network_bound`` calls.
 
     Differentiable where ``norm`` (layer, input shape, scale or None) and ``constant`` (activation) are. ``shape_of``
-    is from ``maps.shapes``.
+    is from ``probes.shapes``.
     """
     total, rest = 1.0, list(layers)
     while rest:

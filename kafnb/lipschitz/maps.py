@@ -1,13 +1,10 @@
-"""How a network is taken apart: residual branches, shapes, and each linear layer as a map with its transpose."""
+"""How a network is taken apart: residual branches, and each linear layer as a map with its transpose."""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..attacks import still
-from ..checks import forward, images, instance
 from ..models import HeBlock, PlainBlock, PreactBlock, ThesisBlock
-from ..probes import capture
 
 
 def expand(layer):
@@ -24,19 +21,6 @@ def expand(layer):
     if isinstance(b, PreactBlock):
         return [[b.bn1, b.act1, b.conv1, b.bn2, b.act2, b.conv2], [b.skip]], []
     return None
-
-
-def shapes(model, x):
-    """module -> (its name, shape of one example of its input), of every module that runs on ``x``."""
-    if len(images(x, box=False)) == 0:
-        raise ValueError("at least one image is needed, got none")
-    modules = dict(instance(model, nn.Module, "model").named_modules())
-    for name, m in model.named_modules(remove_duplicate=False):
-        if name not in modules and isinstance(m, nn.Conv2d | nn.AdaptiveAvgPool2d):
-            raise ValueError(f"{name} is a layer used twice, where its input may have two sizes: make it two layers")
-    with still(model), torch.no_grad(), forward(x), capture(model, modules, "before") as found:
-        model(x[:1])
-    return {modules[name]: (name, tuple(v.shape[1:])) for name, v in found.items()}
 
 
 def through(function, shape, g):

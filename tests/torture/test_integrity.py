@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 import shutil
 import warnings
 
@@ -201,6 +202,17 @@ def test_evaluations_belong_to_their_weights(whole, copy):
         not same(table, whole[1])
         and table.rate[0] == kafnb.evaluate.clean_accuracy(model, kafnb.load_data("digits")).rate
     )
+
+
+def test_an_evaluation_from_before_a_default_changed_is_measured_again(whole, copy):
+    folder = copy() / MLP.name
+    (path,) = folder.glob("evaluation-fgsm*")
+    rewrite(folder, path.name, lambda t: re.sub(r'"seed": \d+', '"seed": 7', t, count=1))
+    with pytest.warns(UserWarning, match="was measured with another seed: a default has changed"):
+        assert not results_module.measured(MLP, [FGSM], folder.parent, None) and same(
+            kafnb.run(MLP, [FGSM], store=folder.parent), whole[1]
+        )
+    assert results_module.measured(MLP, [FGSM], folder.parent, None)
 
 
 def test_a_checkpoint_of_other_code_or_data_is_not_gone_on_from(tmp_path, monkeypatch):
