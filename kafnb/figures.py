@@ -55,6 +55,8 @@ def line(activation):
 def scatter(ax, results, x, y):
     """Two accuracies of each activation, per cent; its ellipse has their 95 % intervals (``compare.rates``) as axes.
 
+    Where some networks failed, those of more than half the best rates are drawn once more, enlarged.
+
     Parameters
     ----------
     results : DataFrame
@@ -64,7 +66,19 @@ def scatter(ax, results, x, y):
     """
     rates = 100 * compare.rates(results).set_index(["activation", "metric"])[["rate", "low", "high"]]
     seeds = 100 * results.pivot(index=["activation", "seed"], columns="metric", values="rate")
-    for name in results.activation.unique():
+    means = rates.rate.unstack()[[x, y]].loc[results.activation.unique()]
+    _places(ax, rates, seeds, means.index, x, y)
+    ax.set(xlabel=f"{x} accuracy, %" if x == "clean" else f"{x}, %", ylabel=f"{y}, %")
+    well = means.index[(means > means.max() / 2).all(axis=1)]
+    if 2 < len(well) < len(means):
+        inset = ax.inset_axes([0.08, 0.36, 0.52, 0.58])
+        _places(inset, rates, seeds, well, x, y)
+        inset.tick_params(labelsize=7)
+        inset.set_title("enlarged", fontsize=8)
+
+
+def _places(ax, rates, seeds, names, x, y):
+    for name in names:
         look, (across, up) = style(name), (rates.loc[(name, metric)] for metric in (x, y))
         middle = ((across.low + across.high) / 2, (up.low + up.high) / 2)
         size = (across.high - across.low, up.high - up.low)
@@ -73,7 +87,6 @@ def scatter(ax, results, x, y):
         if len(seeds.loc[name]) > 1:
             ax.scatter(seeds.loc[name][x], seeds.loc[name][y], s=8, color=look["color"], marker=look["marker"])
     ax.autoscale_view()
-    ax.set(xlabel=f"{x} accuracy, %" if x == "clean" else f"{x}, %", ylabel=f"{y}, %")
 
 
 def wrong_colours(figure):

@@ -41,14 +41,15 @@ def scores(table, said):
     return pd.DataFrame(rows)
 
 
-def poor(table):
-    """A line on the networks that 18 compares with no other; empty where there are none."""
+def poor(table, compared):
+    """A line on the networks that hardly trained; empty where there are none. ``compared``: whether 18 compares them."""
     clean = table[table.labels == "none"].groupby("activation", sort=False).rate.mean()
     if not (names := ", ".join(LABELS.get(a, a) for a in clean.index[clean < 0.5])):
         return ""
+    how = "counts comparisons with them as *not testable*" if compared else "does not compare them in this profile"
     return (
         f"\nFewer than half of the clean images right: {names}. Little can be said of the robustness of such networks; "
-        "18 counts comparisons with them as *not testable*.\n"
+        f"18 {how}.\n"
     )
 
 
@@ -67,6 +68,8 @@ def results(profile):
     """The section for one profile, in markdown; empty where it has no tables."""
     folder, parts = home() / "figures" / profile, []
     drawn = read_manifest(folder).get("figures", {})
+    claims = folder / "18_conclusions_claims.csv"
+    claims = pd.read_csv(claims) if claims.exists() else pd.DataFrame(columns=["model", "verdict"])
     for title, model, name, said in TABLES:
         if (folder / f"{name}.csv").exists():
             table = pd.read_csv(folder / f"{name}.csv")
@@ -78,15 +81,15 @@ def results(profile):
             block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
             epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {thesis.EPOCHS[model]})"
             head = f"{title}, {epochs}, {block}{attack.split(' (')[0]}, {size}, {seeds}"
-            parts.append(f"{head}:\n\n{_markdown(scores(table, said))}{poor(table)}")
+            compared = claims.model.str.startswith(model).any()
+            parts.append(f"{head}:\n\n{_markdown(scores(table, said))}{poor(table, compared)}")
     if (folder / "14_resnet20_evaluation_race.csv").exists():
         table = pd.read_csv(folder / "14_resnet20_evaluation_race.csv")
         parts.append(f"Tuned alike (14): rates chosen on held-out training images.\n\n{_markdown(race(table))}")
-    if (folder / "18_conclusions_claims.csv").exists():
-        verdicts = pd.read_csv(folder / "18_conclusions_claims.csv").verdict.value_counts()
-        words = ", ".join(f"{verdict} {n}" for verdict, n in verdicts.items())
+    if len(claims):
+        words = ", ".join(f"{verdict} {n}" for verdict, n in claims.verdict.value_counts().items())
         parts.append(
-            f"Of {verdicts.sum()} differences between activations in the thesis that are compared here (18): {words}.\n"
+            f"Of {len(claims)} differences between activations in the thesis that are compared here (18): {words}.\n"
         )
     return f"### Profile `{profile}`\n\n" + "\n".join(parts) if parts else ""
 
