@@ -42,7 +42,7 @@ def scores(table, said):
 
 
 def poor(table, compared):
-    """A line on the networks that hardly trained; empty where there are none. ``compared``: whether 18 compares them."""
+    """A line on the networks that hardly trained, empty without; ``compared`` says whether 18 has their comparisons."""
     clean = table[table.labels == "none"].groupby("activation", sort=False).rate.mean()
     if not (names := ", ".join(LABELS.get(a, a) for a in clean.index[clean < 0.5])):
         return ""
