@@ -190,7 +190,7 @@ def draw_boxes(ax, boxes, lanes=1, fontsize=8):
         frame = dict(boxstyle="round,pad=0.04", fc="#fbe3d3" if box.parameters else "#eeeeee", ec="#555555", zorder=2)
         ax.add_patch(FancyBboxPatch((at - width / 2, -k * step - half), width, 2 * half, **frame))
         text = [", ".join(box.lines), "×".join(map(str, box.shape))]
-        text += [f"{box.parameters:,} weights"] if box.parameters else []
+        text += [f"{box.parameters:,} parameters"] if box.parameters else []
         ax.text(at, -k * step, "\n".join(text), ha="center", va="center", fontsize=fontsize, zorder=3)
     middle, room = last * (width + 0.5) / 2, max(last + 1, lanes) * (width + 0.5) / 2
     ax.set(xlim=(middle - room, middle + room), ylim=(-max(level) * step - half - 0.2, half + 0.2))
