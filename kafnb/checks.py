@@ -41,7 +41,7 @@ def number(value, name, low=-math.inf, high=math.inf, *, above=-math.inf, option
         parts = [f">= {low:g}"] * (low > -math.inf) + [f"> {above:g}"] * (above > -math.inf)
         parts += [f"<= {high:g}"] * (high < math.inf)
         raise ValueError(f"{name} must be finite{''.join(f' and {p}' for p in parts)}{unit}, got {shown(value)}")
-    return value
+    return value if isinstance(value, int | float) else float(value)
 
 
 def radius(eps, norm=None):
@@ -75,13 +75,15 @@ def seed(value, name="seed"):
 
 
 def device(value):
-    """A device that PyTorch knows and this machine has, as it was given."""
+    """ "cpu", or a CUDA device that this machine has, as it was given."""
     try:
-        kind = torch.device(value).type
+        known = torch.device(value)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {shown(value)}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {shown(value)}: no CUDA device found")
+        known = None
+    if known is None or known.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {shown(value)}")
+    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {shown(value)}: {torch.cuda.device_count() or 'no'} CUDA device found")
     return value
 
 

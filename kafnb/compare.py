@@ -72,6 +72,8 @@ def paired(first, second):
         The same images counted in two ways. Source of the interval: Agresti, Categorical Data Analysis, section 11.1.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
+    if len(first) == 0 or len(first) != len(second):
+        raise ValueError(f"the same images are needed, one at least: got {len(first)} and {len(second)}")
     n, gained, lost = len(first), int((second & ~first).sum()), int((first & ~second).sum())
     difference = (gained - lost) / n
     # one half more in each cell keeps the interval from closing on nothing

@@ -112,7 +112,10 @@ def load_data(spec, root=None):
         Unknown spec; nothing there and no download possible; images of several sizes, or that cannot be read.
     """
     instance(spec, str, "data", ": 'digits', 'cifar10' or 'folder:PATH'")
-    return _load(spec, None if root is None else os.fspath(instance(root, str | os.PathLike, "data_root")))
+    root = None if root is None else os.path.abspath(instance(root, str | os.PathLike, "data_root"))
+    if spec.startswith("folder:"):  # what is kept is kept by the whole path
+        spec = f"folder:{os.path.abspath(os.path.expanduser(spec.removeprefix('folder:')))}"
+    return _load(spec, root)
 
 
 @functools.lru_cache(maxsize=2)
@@ -124,7 +127,7 @@ def _load(spec, root):
     if spec == "cifar10":
         return _cifar10(Path(root) if root else home() / "data")
     if spec.startswith("folder:") and "\0" not in spec:
-        return _folder(Path(spec.removeprefix("folder:")).expanduser())
+        return _folder(Path(spec.removeprefix("folder:")))
     raise ValueError(f"unknown data {shown(spec)}: use 'digits', 'cifar10' or 'folder:PATH'")
 
 

@@ -167,6 +167,8 @@ def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=No
     seed_of(seed)
     x, y = _images(data, n)
     attacks = list(attack) if isinstance(attack, list | tuple) else [attack]
+    if not attacks:
+        raise ValueError("robust_accuracy needs an attack, got an empty list: clean_accuracy has none")
     for one in attacks:
         if not callable(one):
             raise TypeError(f"attack must be a function attack(model, x, y), or a list of such, got {shown(one)}")

@@ -69,6 +69,7 @@ class Evaluation:
             object.__setattr__(self, field, count(getattr(self, field), field, low, optional=field == "n"))
         object.__setattr__(self, "step_size", number(self.step_size, "step_size", low=0, optional=True))
         object.__setattr__(self, "seed", seed(self.seed))
+        object.__setattr__(self, "early_stop", bool(self.early_stop))
         pick(NORMS, self.norm, "norm")
         norm = "l2" if self.attack in ("cw", "deepfool") else self.norm
         if not (norm != self.norm and self.eps == float("inf")):  # no limit

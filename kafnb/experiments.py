@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from . import engines, models, pretrained
 from .activations import activation
+from .checks import count, file_name, instance, seed, shown
 from .checks import device as device_of
-from .checks import file_name, instance, seed, shown
 from .data import load_data
 from .evaluations import Evaluation
 from .recipe import Recipe
@@ -142,6 +142,8 @@ def run(
         _check(experiment)
     for evaluation in evaluations:
         instance(evaluation, Evaluation, "evaluations")
+    count(workers, "workers", optional=True)
+    count(threads, "threads", optional=True)
     store, rows, spread = Path(store or default_store()), [], engines.check(engine)
     if engine != "ray":  # which knows what its cluster has
         device = device_of(_found(device))

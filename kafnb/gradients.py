@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from . import checks
-from .activations import ACTIVATIONS
 from .activations import activation as named_activation
 from .attacks import frozen
 from .kwta import KWTA
@@ -88,8 +87,6 @@ def growth_factor(name, block=None, *, depth=56, image_size=16, seeds=2):
     ValueError
         Unknown names; a constant function.
     """
-    if not callable(name):
-        checks.pick(ACTIVATIONS, name, "activation")
     if block is None:
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -115,6 +115,9 @@ def save_poster(profile="quick"):
     folder = home() / "figures" / profile
     if any(not (folder / f"{name}.csv").exists() for name in SOURCES.values()):
         return False
-    figure, table = poster(folder)
+    try:
+        figure, table = poster(folder)
+    except (KeyError, StopIteration):  # drawn from a part of a store: a panel's networks are not in its table
+        return False
     figures.save_figure(figure, "poster", table, folder, profile=profile, sources=SOURCES, **provenance())
     return True

@@ -145,7 +145,8 @@ def _published(folder, data_root, epochs):
     record = folder.read_json("experiment.json")
     run = record["experiment"] | {"options": dict(record["experiment"]["options"])}
     moved = data_root and run["data"].startswith("folder:")
-    data, options = load_data(f"folder:{data_root}" if moved else run["data"], data_root), run["options"]
+    held_out = ":validation" * run["data"].endswith(":validation")
+    data, options = load_data(f"folder:{data_root}{held_out}" if moved else run["data"], data_root), run["options"]
     if record["data_fingerprint"] != data.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {data.name} is now: name the right data")
     parts = run["model"], run["activation"], *map(str, options.values()), run["recipe"]["method"]

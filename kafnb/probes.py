@@ -83,8 +83,7 @@ def shapes(model, x):
 
 def activation_layers(model, x):
     """Names of the activation functions of ``model``, in the order in which they run on ``x``; yours if registered."""
-    known = kinds()
-    return [name for module, (name, _) in shapes(model, x).items() if type(module) in known]
+    return [name for module, (name, _) in shapes(model, x).items() if isinstance(module, kinds())]
 
 
 def stream(model, batches, collectors, where="after"):
@@ -108,8 +107,11 @@ def stream(model, batches, collectors, where="after"):
         for batch in batches:
             parts = []
             for x in batch if isinstance(batch, tuple | list) else (batch,):
+                found.clear()
                 with forward(images(x, box=False)):
                     model(x.to(device))
+                if missing := [name for name in collectors if name not in found]:
+                    raise ValueError(f"layer {missing[0]!r} does not run on these images")
                 parts.append(dict(found))
             for name, collector in collectors.items():
                 collector.update(*(p[name] for p in parts))

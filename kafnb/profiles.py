@@ -202,6 +202,7 @@ class Session:
         """``kafnb.run`` on this session's engine, device and store."""
         where = self._where() | dict(device=self.workers_device, engine=self.engine, address=self.address)
         runs = [runs] if isinstance(runs, experiments.Experiment) else list(runs)
+        evaluations = [evaluations] if isinstance(evaluations, Evaluation) else evaluations
         table = experiments.run(runs, dict.fromkeys(shorten(e) for e in evaluations), stored=self.stored, **where)
         if self.stored:  # on another machine, maybe
             keys = set(table.experiment)

@@ -64,12 +64,20 @@ def code_fingerprint(*modules):
     return digest.hexdigest()[:10]
 
 
+def _held(value):
+    """A value that a function holds, in words; of another function its source."""
+    return inspect.getsource(value) if inspect.isfunction(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 def _own_source(thing):
-    """Source of a function or class that a user registered; its byte code where there is no source."""
-    defaults = re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(thing, "__defaults__", None)))
+    """Source of a function or class that a user registered, and what it holds; byte code where there is no source."""
+    if isinstance(thing, functools.partial):
+        return "\0".join([_own_source(thing.func), _held(thing.args), _held(thing.keywords)])
+    held = [getattr(thing, "__defaults__", None), getattr(thing, "__kwdefaults__", None)]
     try:
-        return inspect.getsource(thing) + defaults
-    except (OSError, TypeError):
+        held += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+        return inspect.getsource(thing) + "\0".join(map(_held, held))
+    except (OSError, TypeError, ValueError):  # ValueError: an empty cell
         functions = [thing, *vars(thing).values()] if isinstance(thing, type) else [thing]
         codes = [f.__code__ for f in functions if hasattr(f, "__code__")]
         return repr([(c.co_code, c.co_names, [v for v in c.co_consts if not inspect.iscode(v)]) for c in codes])

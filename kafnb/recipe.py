@@ -78,11 +78,12 @@ class Recipe:
         object.__setattr__(self, "lr", tuple(float(v) for v in rates))
         for field, low in dict(epochs=0, batch_size=2, steps=1, replays=1, track=0, watch=0).items():
             object.__setattr__(self, field, count(getattr(self, field), field, low))
-        radius(self.eps, "linf")
+        object.__setattr__(self, "eps", radius(self.eps, "linf"))
         for field, low in dict(momentum=0, eps=0, l2=0, step_size=0, strength=0, clip=0).items():
             optional = field not in ("momentum", "eps")
             object.__setattr__(self, field, number(getattr(self, field), field, low, optional=optional))
-        number(self.peak, "peak", low=0, high=1)
+        object.__setattr__(self, "peak", number(self.peak, "peak", low=0, high=1))
+        object.__setattr__(self, "monitor", bool(self.monitor))
         for field, table in (("method", METHODS), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             pick(table, getattr(self, field), field)
         if self.schedule not in ("triangular", "constant"):
@@ -91,7 +92,7 @@ class Recipe:
             raise ValueError(f"augment must be 'none', 'crop' or 'crop_flip', got {self.augment!r}")
         if len(self.lr) != 2 or not 0 <= self.lr[0] <= self.lr[1] < float("inf"):
             raise ValueError(f"lr must be (low, high) with 0 <= low <= high, got {self.lr}")
-        number(self.kwta_start, "kwta_start", above=0, high=1, optional=True)
+        object.__setattr__(self, "kwta_start", number(self.kwta_start, "kwta_start", above=0, high=1, optional=True))
 
 
 OPTIMIZERS = {

@@ -85,7 +85,10 @@ class Folder(Checked):
         self.write(name, lambda p: p.write_text(text))
 
     def read_table(self, name):
-        return pd.read_csv(self.path / name, comment="#", float_precision="round_trip")
+        with open(self.path / name) as f:
+            commented = f.readline().startswith("# ")
+        how = dict(skiprows=int(commented), keep_default_na=False, na_values=[""])  # "None" is a word like others
+        return pd.read_csv(self.path / name, float_precision="round_trip", **how)
 
     def read_comment(self, name):
         """The JSON dict in the first line of a table; an empty one if there is none."""

@@ -71,8 +71,8 @@ def results(profile):
     claims = folder / "18_conclusions_claims.csv"
     claims = pd.read_csv(claims) if claims.exists() else pd.DataFrame(columns=["model", "verdict"])
     for title, model, name, said in TABLES:
-        if (folder / f"{name}.csv").exists():
-            table = pd.read_csv(folder / f"{name}.csv")
+        table = pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").exists() else None
+        if table is not None and table.metric.str.startswith("PGD").any():  # of a part of the store there may be none
             attack, n = table[table.metric.str.startswith("PGD")].iloc[0][["metric", "n"]]
             data = drawn.get(name, {}).get("data", table.data.iloc[0]).removeprefix("folder:")
             size = f"{data}, n = {table[table.labels == 'none'].n.iloc[0]}, attacked {n}"

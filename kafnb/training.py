@@ -111,6 +111,8 @@ def fit(
             try:
                 for values in epoch(model, x, y, optimizer, scaler, recipe, lr_at, done):
                     sums = [a + b for a, b in zip(sums, values, strict=True)]
+                if not sums[2]:
+                    raise ValueError(f"nothing to train on: {len(x)} images in batches of {recipe.batch_size}")
                 loss = float(sums[0]) / sums[2]
             except Diverged as diverged:
                 loss, reason = float("nan"), str(diverged)

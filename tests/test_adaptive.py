@@ -247,3 +247,19 @@ def test_a_layer_that_stands_twice_is_swapped_twice():
         nn.Sequential(layer, nn.Identity(), layer), kafnb.KWTA, lambda m: adaptive.SmoothKWTA(m, 0.2)
     )
     assert [type(m) for m in net] == [adaptive.SmoothKWTA, nn.Identity, adaptive.SmoothKWTA]
+
+
+@pytest.mark.parametrize("attack", [adaptive.double, adaptive.kaf_tails, adaptive.kaf_annealed, adaptive.neighbours])
+def test_a_radius_is_that_of_its_norm(attack, images):
+    x, y = images
+    size = attacks.balls.size(attack(small("kaf"), x, y, eps=1.5, norm="l2", steps=4) - x, "l2")
+    assert 1.4 < size.max() <= 1.5 + 1e-9
+
+
+def test_the_checklist_takes_a_network_without_parameters(images):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :10]
+
+    table = checklist.checklist(Fixed(), images, eps=0.1, queries=5)
+    assert table.value.notna().all() and len(checklist.loss_surface(Fixed(), images[0][0], 1, eps=0.1, size=3)) == 9

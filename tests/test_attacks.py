@@ -327,3 +327,24 @@ def test_an_eps_of_8_is_refused(net, images, call):
 def test_labels_of_another_integer_type_are_refused_in_one_line(net, images):
     with pytest.raises(ValueError, match=r"int64.*long\(\)"):
         attacks.pgd(net, images[0], images[1].int(), eps=0.1)
+
+
+def test_a_number_of_numpy_says_targeted(digits):
+    net, (x, y) = models.build("mlp", "relu", digits).eval(), digits.test(6)
+    given = [attacks.pgd(net, x, y, eps=0.1, targeted=t, random_start=False) for t in (True, np.True_, False)]
+    assert torch.equal(given[0], given[1]) and not torch.equal(given[0], given[2])
+
+
+def test_the_result_is_no_part_of_the_caller_s_graph(digits):
+    net, (x, y) = models.build("mlp", "relu", digits).eval(), digits.test(6)
+    assert not attacks.pgd(net, x.requires_grad_(), y, eps=0.1).requires_grad
+
+
+def test_without_a_gradient_the_start_is_all_there_is(digits):
+    class Detached(torch.nn.Module):
+        def forward(self, x):
+            return x.detach().flatten(1)[:, :10]
+
+    x, y = digits.test(6)
+    adv = attacks.pgd(Detached(), x, y, eps=0.1, random_start=False)
+    assert torch.equal(adv, x)

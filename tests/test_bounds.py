@@ -379,3 +379,27 @@ def test_batch_normalisation_without_weights():
     expected = net(x)
     low, high = certify.interval_bounds(net, x, x)
     assert torch.allclose(low, expected) and torch.allclose(high, expected)
+
+
+def test_a_network_of_nan_gets_no_certificate():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    nn.init.constant_(net[1].weight, math.nan)
+    smoothed, image = certify.Smoothed(net, 0.25), torch.rand(1, 2, 2)
+    assert smoothed.certify(image, 10, 50) == (-1, 0.0) and smoothed.predict(image, 10) == -1
+    with pytest.raises(ValueError, match="NaN"):
+        kafnb.lipschitz.clever(net, image, eps=0.1)
+    with pytest.raises(ValueError, match="not all finite"):
+        kafnb.lipschitz.network_bound(net, image[None])
+
+
+def test_a_layer_without_a_rule_is_named():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), kafnb.activation("srelu", 3)).double()
+    x = torch.rand(2, 1, 2, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="no bounds are known for the layer SReLU"):
+        bounds.interval_bounds(net, x, x)
+
+
+def test_a_radius_in_grey_levels_is_asked_about():
+    net, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="did you mean 8 / 255"):
+        certify.certified(net, x, y, 8)

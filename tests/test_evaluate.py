@@ -176,3 +176,8 @@ def test_convolutions_are_exact_on_a_gpu():
     with torch.no_grad(), evaluate.exact(torch.device("cuda")):
         error = (conv.cuda()(x.cuda()).cpu().double() - conv.cpu().double()(x.double())).abs().max()
     assert error < 1e-5, error
+
+
+def test_no_attack_is_no_robust_accuracy(digits):
+    with pytest.raises(ValueError, match="needs an attack"):
+        evaluate.robust_accuracy(models.build("mlp", "relu", digits), digits, [])

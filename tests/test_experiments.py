@@ -1,11 +1,13 @@
 """Experiments and their store: keys, train or load, resume, damage, two processes."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import kafnb
-from kafnb import Evaluation, Experiment, Recipe, evaluations, experiments, results
+from kafnb import Evaluation, Experiment, Recipe, evaluations, experiments, provenance, results
 from kafnb.profiles import PROFILES, resolve_data
 from kafnb.store import Folder, key_of
 
@@ -298,3 +300,41 @@ def test_what_another_process_is_at_is_not_waited_for(store):
 def test_an_attack_towards_the_truth_is_no_evaluation():
     with pytest.raises(ValueError, match="targeted must be False or 'all'"):
         Evaluation("pgd", targeted=True)
+
+
+def test_a_table_keeps_its_words(tmp_path):
+    folder, table = Folder(tmp_path / "a"), pd.DataFrame({"word": ["None", "NA", "a#b"], "n": [1.0, np.nan, 3.0]})
+    for name, comment in (("plain.csv", ""), ("commented.csv", "{}")):
+        folder.write_table(name, table, comment)
+        pd.testing.assert_frame_equal(folder.read_table(name), table, check_dtype=False)
+
+
+@pytest.mark.parametrize("how", [dict(threads=-1), dict(workers=0), dict(device="meta"), dict(device="mps")])
+def test_where_to_run_is_checked_first(store, how):
+    with pytest.raises(ValueError, match=r"must be (>= 1|'cpu', 'cuda')"):
+        kafnb.run(MLP, store=store, engine="processes", **how)
+    assert not store.exists() or not list(store.iterdir())
+
+
+def test_a_function_that_holds_another_number_is_other_code():
+    def make(boundary):
+        return lambda channels: kafnb.KAF(channels, boundary=boundary)
+
+    ways = (make, lambda b: functools.partial(kafnb.KAF, boundary=b))
+    for way in ways:
+        one, same, other = (provenance.code_of(("data",), [way(b)]) for b in (2.0, 2.0, 6.0))
+        assert one == same != other
+
+
+def test_numbers_of_other_kinds_are_kept_as_plain_ones():
+    recipe = Recipe(eps=torch.tensor(0.5), peak=np.float32(0.25), monitor=np.True_, kwta_start=Fraction(1, 2))
+    plain = Recipe(eps=0.5, peak=0.25, monitor=True, kwta_start=0.5)
+    assert key_of(recipe) == key_of(plain) and recipe == plain
+    evaluation = Evaluation("pgd", eps=Fraction(1, 2), early_stop=np.True_)
+    assert key_of(evaluation) == key_of(Evaluation("pgd", eps=0.5, early_stop=True))
+
+
+def test_one_image_is_nothing_to_train_on(tiny):
+    one = dataclasses.replace(tiny, x_train=tiny.x_train[:1], y_train=tiny.y_train[:1])
+    with pytest.raises(ValueError, match="nothing to train on"):
+        kafnb.fit(kafnb.models.build("mlp", "relu", one), one, Recipe("standard", epochs=1))

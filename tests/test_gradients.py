@@ -233,3 +233,9 @@ def test_layers_in_place_are_measured_as_others():
         gradients.growth_factor(f, "thesis", depth=14, seeds=1) for f in ("relu", lambda channels: torch.nn.ReLU(True))
     ]
     assert same[0] == same[1]
+
+
+def test_growth_of_a_kaf_by_its_kernels():
+    assert gradients.growth_factor("unit:gaussian") == pytest.approx(gradients.growth_factor("kaf"), rel=0.1)
+    with pytest.raises(ValueError, match="did you mean 'relu'"):
+        gradients.growth_factor("rellu")

@@ -57,6 +57,15 @@ def test_a_registered_activation_is_one_of_the_layers(monkeypatch):
     assert probes.activation_layers(model, x) == ["2.1"]
     monkeypatch.setitem(ACTIVATIONS, "cube", lambda channels: Cube())
     assert probes.activation_layers(model, x) == ["1", "2.1"]
+    monkeypatch.setitem(ACTIVATIONS, "broken", lambda channels: 1 / 0)
+    assert probes.activation_layers(model, x) == ["1", "2.1"]
+
+
+def test_a_layer_that_does_not_run_is_named(net, images):
+    net.spare = nn.ReLU()
+    net.forward = lambda x: nn.Sequential(*list(net)[:-1])(x)
+    with pytest.raises(ValueError, match="layer 'spare' does not run"):
+        probes.stream(net, [images[0]], {"spare": probes.Moments()})
 
 
 def test_moments_equal_numpy_on_everything(batches):

@@ -74,6 +74,7 @@ def pgd(
         raise ValueError("restarts > 1 without random_start would repeat the same attack")
     if targeted not in (False, True, "all"):
         raise ValueError(f"targeted must be False, True or 'all', got {checks.shown(targeted)}")
+    x, targeted = x.detach(), targeted if targeted == "all" else bool(targeted)
     sign, raised = (-1 if targeted is True else 1), _within(checks.pick(LOSSES, loss, "loss"))
     if surrogate is not None:
         checks.instance(surrogate, torch.nn.Module, "surrogate")

@@ -1,5 +1,7 @@
 """Attacks made for one kind of network: where its gradients mislead, they take others. Success is judged on the model.
 
+Each is called as ``attacks.pgd`` is, with its shapes, units, options and errors, and returns what that does.
+
 Source of the method: Tramer, Carlini, Brendel, Madry, NeurIPS 2020, arXiv:2002.08347; replaced backward passes
 (BPDA) and averaged gradients: Athalye, Carlini, Wagner, ICML 2018, arXiv:1802.00420.
 """
@@ -65,19 +67,19 @@ class SmoothKWTA(nn.Module):
 
 def neighbours(model, x, y, *, eps, draws=4, radius=None, **options):
     """PGD along the gradient averaged over random neighbours, which sees past the jumps of k-WTA."""
-    _check(model, x, y, eps, "linf")
+    _check(model, x, y, eps, options.get("norm", "linf"))
     return pgd(model, x, y, eps=eps, gradient=averaged(draws, eps / 10 if radius is None else radius), **options)
 
 
 def kwta_smooth(model, x, y, *, eps, **options):
     """PGD with every k-WTA's backward pass replaced by a smooth one (``SmoothKWTA``)."""
-    _check(model, x, y, eps, "linf")
+    _check(model, x, y, eps, options.get("norm", "linf"))
     return pgd(model, x, y, eps=eps, surrogate=swapped(model, KWTA, SmoothKWTA), **options)
 
 
 def kwta_both(model, x, y, *, eps, **options):
     """The smooth backward pass, averaged over random neighbours."""
-    _check(model, x, y, eps, "linf")
+    _check(model, x, y, eps, options.get("norm", "linf"))
     return kwta_smooth(model, x, y, eps=eps, gradient=averaged(4, eps / 10), **options)
 
 
@@ -146,19 +148,19 @@ class _Annealed:
 
 def double(model, x, y, *, eps, **options):
     """PGD with gradients in float64."""
-    _check(model, x, y, eps, "linf")
+    _check(model, x, y, eps, options.get("norm", "linf"))
     return pgd(model, x, y, eps=eps, gradient=in_double(model), **options)
 
 
 def kaf_tails(model, x, y, *, eps, **options):
     """PGD with the KAFs' tails replaced in the backward pass (``OpenTails``)."""
-    _check(model, x, y, eps, "linf")
+    _check(model, x, y, eps, options.get("norm", "linf"))
     return pgd(model, x, y, eps=eps, surrogate=swapped(model, KAF, OpenTails), **options)
 
 
 def kaf_annealed(model, x, y, *, eps, steps=20, **options):
     """PGD that begins on a smoothed network and ends on the model: KAFs averaged over noise of 0.5, 0.25, 0.1, 0."""
-    _check(model, x, y, eps, "linf")
+    _check(model, x, y, eps, options.get("norm", "linf"))
     count(steps, "steps")
     nets = [swapped(model, KAF, functools.partial(smoothed, tau=tau)) if tau else model for tau in (0.5, 0.25, 0.1, 0)]
     return pgd(model, x, y, eps=eps, steps=steps, gradient=_Annealed(nets, steps), **options)

@@ -42,7 +42,10 @@ def logits_and_gradient(model, x, objective):
         x = x.detach().requires_grad_()
         with checks.forward(x):
             logits = model(x)
-        return logits.detach(), torch.autograd.grad(objective(logits).sum(), x)[0]
+        raised = objective(logits).sum()
+        if not raised.requires_grad:  # no path from the image to the logits
+            return logits.detach(), torch.zeros_like(x)
+        return logits.detach(), torch.autograd.grad(raised, x, materialize_grads=True)[0]
 
 
 def input_gradient(model, x, y):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..attacks import still
 from ..attacks.losses import margin
-from ..checks import count, forward, images, instance, labels, number, radius, shown
+from ..checks import count, forward, images, instance, labels, number, pick, radius, shown
 from .bounds import interval_bounds
 from .crown import crown_bounds
 
@@ -45,11 +45,10 @@ def margin_bound(model, x, y, eps, method="crown"):
     -------
     float64 Tensor, shape (N,). Above 0: no perturbation changes the answer y.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    pick(METHODS, method, "method")
     instance(model, nn.Module, "model")
     labels(y, len(images(x)))
-    radius(eps)
+    radius(eps, "linf")
     if len(x) == 0:
         raise ValueError("at least one image is needed, got none")
     double, out = copy.deepcopy(model).double().eval(), []
@@ -113,7 +112,7 @@ class Smoothed:
 
     @torch.no_grad()
     def votes(self, image, n, generator=None):
-        """How often each class wins among n noisy copies of one image (C, H, W); int64 (classes,)."""
+        """How often each class wins among n noisy copies of one image (C, H, W); int64 (classes,). NaN has no vote."""
         images(image, dims=3)
         count(n, "n")
         with still(self.model):
@@ -122,13 +121,14 @@ class Smoothed:
                 noise = torch.randn(size, *image.shape, device=image.device, generator=generator)
                 with forward(image[None]):
                     logits = self.model(image + self.sigma * noise)
-                counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+                answers = logits.argmax(1)[~logits.isnan().any(1)]
+                counts = counts + torch.bincount(answers, minlength=logits.shape[1])
         return counts
 
     def predict(self, image, n, generator=None):
         """The most frequent class, or -1 where a test at level alpha does not tell it from the second."""
         (first, second), (answer, _) = self.votes(image, n, generator).topk(2)
-        sure = binomtest(int(first), int(first + second), 0.5).pvalue <= self.alpha
+        sure = first + second > 0 and binomtest(int(first), int(first + second), 0.5).pvalue <= self.alpha
         return int(answer) if sure else -1
 
     def certify(self, image, n0, n, generator=None):

@@ -27,7 +27,8 @@ KNOWN = {*SHAPES, *WEIGHTED, nn.MaxPool2d, KWTA, *CURVES}
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
-        return type(module) in KNOWN or super().is_leaf_module(module, name)
+        # one without parts is whole, known or not: what is not known is then named
+        return type(module) in KNOWN or not any(module.children()) or super().is_leaf_module(module, name)
 
 
 def unroll(model):

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .. import training
+from ..checks import count
 from ..data import load_data
 from ..epoch import batches, taken
 from ..results import finished_in, origin_of, trained
@@ -43,6 +44,7 @@ def fit(
     save : callable
         Called by the first process only. Nothing in a state depends on the number of processes: it may change.
     """
+    count(accumulate, "accumulate")
     with group(device) as (rank, processes, device):
         model.to(device)
         if processes == 1 and accumulate == 1:

@@ -15,6 +15,7 @@ class SyncNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # half types cannot count that far
         channels = (0, *range(2, x.ndim))
         count = x.new_tensor([x.numel() / x.shape[1]])
         c = self.num_features
@@ -30,7 +31,7 @@ class SyncNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean.detach(), rate)
             self.running_var.lerp_((variance * count / (count - 1)).detach(), rate)
         scale = torch.rsqrt(variance + self.eps)
-        return centred * (scale * self.weight).view(shape) + self.bias.view(shape)
+        return (centred * (scale * self.weight).view(shape) + self.bias.view(shape)).to(dtype)
 
 
 @contextlib.contextmanager

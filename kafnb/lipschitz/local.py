@@ -26,7 +26,7 @@ def dual(g, norm):
 
 def check_ball(norm, eps):
     checks.pick(NORMS, norm, "norm")
-    checks.radius(eps)
+    checks.radius(eps, norm)
 
 
 def check_images(model, x, box=True):
@@ -133,6 +133,8 @@ def clever(model, x, *, eps, norm="linf", batches=30, samples=16, seed=0):
         points = project(points, random_delta(points, eps, norm), eps, norm)
         with checks.forward(x[None]):
             logits = model(x[None])[0].double()
+        if logits.isnan().any():
+            raise ValueError("the model's logits are NaN: it has no score")
         y = logits.argmax()
     norms = gradient_norms(model, points, y.expand(len(points)), norm=norm).double()
     largest = norms.view(batches, samples, -1).amax(1).cpu().numpy()  # (batches, classes)

@@ -52,8 +52,10 @@ def linear_map(layer, shape, scale=None, absolute=False):
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise ValueError(f"a spectral norm is for dense and 2-D convolutional layers, got {type(layer).__name__}")
     weight = layer.weight.double()
+    if not weight.isfinite().all():
+        raise ValueError(f"the weights of {layer} are not all finite: they have no norm")
     if scale is not None:
-        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        weight = weight * scale.to(weight.device).reshape(-1, *[1] * (weight.ndim - 1))
     if absolute:
         weight = weight.abs()
     if isinstance(layer, nn.Linear):
