@@ -82,8 +82,9 @@ def device(value):
         known = None
     if known is None or known.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {shown(value)}")
-    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {shown(value)}: {torch.cuda.device_count() or 'no'} CUDA device found")
+    there = torch.cuda.device_count() if known.type == "cuda" else 1
+    if not 0 <= (known.index or 0) < there:  # PyTorch lets large numbers wrap round
+        raise ValueError(f"device {shown(value)}: {there or 'no'} CUDA device found")
     return value
 
 

@@ -178,6 +178,8 @@ class Session:
         self.data_root = data_root
         self.data_spec = resolve_data(self.profile, data_root)
         self.progress = os.environ.get("KAFNB_PROGRESS", "1") == "1" and sys.stderr is not None
+        if profile == "quick":  # small tensors gain nothing from more; and sums are added in the same order everywhere
+            torch.set_num_threads(1)
         figures.use_style()
         report_instead_of_stopping(profile != "quick")
         torch.manual_seed(self.seed)
