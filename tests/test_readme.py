@@ -190,6 +190,12 @@ def test_what_is_said_of_learned_kafs_is_in_the_table():
             steps = np.diff(curve)
             turns.append((np.diff(np.sign(steps[np.abs(steps) > 1e-3 * np.ptp(curve)])) != 0).sum())
     assert len(turns) == 80 and np.isin(turns, (1, 2)).mean() > 0.8, turns  # "mostly curves with one turn or two"
+    falling = {}  # of the way that a curve goes up and down, the part down
+    for (name, layer), drawn in shapes.groupby(["activation", "layer"]):
+        steps = np.diff(drawn.sort_values("u").filter(like="channel").to_numpy(), axis=0)
+        falling[name, layer] = -np.minimum(steps, 0).sum(0) / np.abs(steps).sum(0)
+    assert all((part < 0.3).all() for (name, _), part in falling.items() if name in ("kaf_relu", "kaf_swish"))
+    assert falling["kaf_elu", 5].max() > 0.45 and "of KAF_ELU's curves some do not" in prose("14_resnet20_evaluation")
 
 
 def test_what_is_said_of_vgg_on_photographs():
