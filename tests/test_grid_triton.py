@@ -1,5 +1,6 @@
 """The CUDA kernels: under Triton's interpreter on any machine, on a GPU where there is one."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -35,16 +36,16 @@ def assert_near(got, wants, names, rtol, case):
         assert a.shape == b.shape and error <= tolerance, (*case, name, error, top)
 
 
-def check(device, sizes=SIZES):
+def check(device, sizes=SIZES, formats=FORMATS):
     """Forward and backward of the kernels against operations on whole tensors in float64."""
     from kafnb import KAF
     from kafnb.kaf import compiled, walk
     from kafnb.kaf import fused as grid_triton
 
-    walk.ROWS, walk.LEAST = 1, 8  # several programs of several tiles, the last of them not full
+    walk.EACH, walk.LEAST = 1, 8  # several programs of several tiles, the last of them not full
     for size, boundary in sizes:
         every = size == 20  # the interpreter is slow, and so is the compiler
-        for shape, memory_format in FORMATS if every or device == "cuda" else FORMATS[1::2]:
+        for shape, memory_format in formats if every or device == "cuda" else formats[1::2]:
             for dtype, rtol in TYPES if size in (20, 37) else TYPES[:1]:  # one centre, and several that add up
                 torch.manual_seed(size)
                 kaf = KAF(shape[1], size, boundary)
@@ -63,13 +64,15 @@ def check(device, sizes=SIZES):
                 assert torch.equal(alone[0], got[1]) and alone[1] is None
 
 
-def check_free(device):
-    """The same for any dictionary, one a channel or one for all."""
-    from kafnb.kaf import free, fused_free
+FREE = list(zip([(20, False), (7, True), (37, False), (5, False), (3, False), (80, False)], FORMATS, strict=True))
 
-    fused_free.ROWS = 1
-    sizes = (20, False), (7, True), (37, False), (5, False), (3, False), (80, False)
-    for i, ((size, shared), (shape, memory_format)) in enumerate(zip(sizes, FORMATS, strict=True)):
+
+def check_free(device, cases=FREE):
+    """The same for any dictionary, one a channel or one for all."""
+    from kafnb.kaf import free, fused_free, walk
+
+    fused_free.FORWARD = fused_free.BACKWARD = walk.EACH = 1
+    for i, ((size, shared), (shape, memory_format)) in enumerate(cases):
         every = device == "cuda" or size == 20  # the interpreter is slow: of the half types one a format
         for dtype, rtol in TYPES if every else (TYPES[0], TYPES[1 + i % 2]):
             torch.manual_seed(size)
@@ -124,35 +127,51 @@ def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
     types |= dict.fromkeys(("x_ptr", "g_ptr", "f_ptr", "dx_ptr"), "*fp16")
     types |= dict.fromkeys(("k", "total"), "i32")
     types |= dict.fromkeys(("first", "spacing", "gamma", "kappa", "slope"), "fp32")
-    shape = dict(C=16, L=1024, LAST=True, D=20, STEP=20, MIDDLE=10, LANES=8, WIDTH=16, ADD=False)
-    needs = shape | dict(NEED_X=True, NEED_ALPHA=True, NEED_SUMS=True)
-    for module, rows in ((fused, walk.ROWS), (fused_free, fused_free.ROWS)):
-        for kernel, r in ((module._forward_kernel, walk.ROWS), (module._backward_kernel, rows)):
-            names = kernel.arg_names
-            source = compiler.ASTSource(
-                fn=kernel,
-                signature={n: types.get(n, "constexpr") for n in names},
-                constexprs={(names.index(n),): v for n, v in (needs | {"ROWS": r}).items() if n in names},
-            )
-            assembly = triton.compile(source, target=target).asm["ptx"]
-            assert "ex2.approx" in assembly
-            (tmp_path / "kernel.ptx").write_text(assembly)
-            command = [assembler, "-v", "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", os.devnull]
-            said = subprocess.run(command, capture_output=True, text=True).stderr
-            assert " 0 bytes spill stores" in said, said
-            registers = int(re.search(r"Used (\d+) registers", said)[1])
-            assert registers <= 168, registers  # three programs fit on a processor
+    types["root"], types["gammas"] = "fp32", "*fp32"
+    needs = dict(C=16, L=1024, D=20, STEP=20, MIDDLE=10, WHOLE=True, ADD=False) | dict.fromkeys(
+        ("NEED_X", "NEED_ALPHA", "NEED_SUMS"), True
+    )
+    last = dict(LAST=True, VECTOR=1, LANES=8, WIDTH=16), dict(LAST=False, VECTOR=8, LANES=128, WIDTH=1)
+    kernels = [(m, k) for m in (fused, fused_free) for k in ("_forward_kernel", "_backward_kernel")]
+    each = dict(zip(kernels, (walk.EACH, walk.EACH, fused_free.FORWARD, fused_free.BACKWARD), strict=True))
+    for (module, name), layout in itertools.product(kernels, last):
+        kernel, shape = getattr(module, name), needs | layout
+        shape["ROWS"] = each[module, name] // layout["VECTOR"]
+        names = kernel.arg_names
+        source = compiler.ASTSource(
+            fn=kernel,
+            signature={n: types.get(n, "constexpr") for n in names},
+            constexprs={(names.index(n),): v for n, v in shape.items() if n in names},
+            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr")},
+        )
+        assembly = triton.compile(source, target=target).asm["ptx"]
+        assert "ex2.approx" in assembly
+        if layout["VECTOR"] > 1:  # 16 bytes at once
+            assert "ld.global.v4.b32" in assembly and "st.global.v4.b32" in assembly
+        (tmp_path / "kernel.ptx").write_text(assembly)
+        command = [assembler, "-v", "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+        assert " 0 bytes spill stores" in said, said
+        registers = int(re.search(r"Used (\d+) registers", said)[1])
+        assert registers <= 168, registers  # three programs fit on a processor
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("form", FORMATS)  # one a test: what takes long is compiling, which several workers share
 @pytest.mark.parametrize("size", SIZES)
-def test_on_a_gpu(size):
-    check("cuda", [size])
+def test_on_a_gpu(size, form):
+    check("cuda", [size], [form])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_free_on_a_gpu():
-    check_free("cuda")
+@pytest.mark.parametrize("case", FREE)
+def test_free_on_a_gpu(case):
+    check_free("cuda", [case])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_nan_on_a_gpu():
     check_nan("cuda")

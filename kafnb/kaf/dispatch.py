@@ -35,6 +35,7 @@ def _cpu():
 def _triton(x, any_grid=False):
     """The module of CUDA kernels if it can serve x, else None."""
     usable = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    usable = usable and not torch.compiler.is_compiling() and plain(x)
     return _cuda()[any_grid] if usable else None
 
 

@@ -15,8 +15,8 @@ def _apart(make, *args):
     """Made in a thread of its own, where no mode of the caller is on (inference mode, FakeTensorMode, torch.func)."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         made = thread.submit(make, *args).result()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # the caller's stream need not be the one that it was made on
+    if made.is_cuda:
+        torch.cuda.synchronize(made.device)  # the caller's stream need not be the one that it was made on
     return made
 
 
@@ -32,8 +32,6 @@ def kept(make):
             return make(*args)
         made = known.get(args)
         if made is None:
-            if len(known) >= 64:
-                known.clear()
             made = known[args] = _apart(make, *args)
         return made
 
