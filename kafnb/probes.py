@@ -83,7 +83,8 @@ def shapes(model, x):
 
 def activation_layers(model, x):
     """Names of the activation functions of ``model``, in the order in which they run on ``x``; yours if registered."""
-    return [name for module, (name, _) in shapes(model, x).items() if isinstance(module, kinds())]
+    known = kinds()
+    return [name for module, (name, _) in shapes(model, x).items() if isinstance(module, known)]
 
 
 def stream(model, batches, collectors, where="after"):

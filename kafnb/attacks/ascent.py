@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 
 import torch
 
@@ -44,6 +45,7 @@ def logits_and_gradient(model, x, objective):
             logits = model(x)
         raised = objective(logits).sum()
         if not raised.requires_grad:  # no path from the image to the logits
+            warnings.warn("no gradient reaches the images: an attack that follows it says nothing", stacklevel=2)
             return logits.detach(), torch.zeros_like(x)
         return logits.detach(), torch.autograd.grad(raised, x, materialize_grads=True)[0]
 
