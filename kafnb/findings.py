@@ -5,6 +5,7 @@ training must still end in their tables: there each ``assert`` that fails prints
 """
 
 import ast
+import sys
 
 MARK = "does not hold here: "
 
@@ -21,9 +22,8 @@ class Reported(ast.NodeTransformer):
 
 def report_instead_of_stopping(on):
     """Switch it on or off for the cells that follow in this notebook; nothing outside a notebook."""
-    from IPython import get_ipython
-
-    if shell := get_ipython():
+    ipython = sys.modules.get("IPython")
+    if shell := ipython and ipython.get_ipython():
         shell.ast_transformers[:] = [t for t in shell.ast_transformers if not isinstance(t, Reported)]
         shell.ast_transformers += [Reported()] * on
 

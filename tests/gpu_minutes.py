@@ -1,0 +1,189 @@
+"""Some minutes of a GPU: the tests that need one, the KAF layer's benchmark, and what profile ``paper`` lacks.
+
+    python tests/gpu_minutes.py --minutes 14 --data-root TREE --out FOLDER
+
+Notebooks 14, 12 and 09 say what is wanted: their cells run up to each question for trained networks, and ask on. First
+comes each one's table with seed 0, then what else they ask with it, then the other seeds. Networks that come along, and
+what is in ``results/``, are not computed again. Any moment may be the last: a training goes on from its last epoch the
+next time, and an attack is begun only if it is likely to end. FOLDER gets figures/benchmark/, the logs and what is new in
+results/, as one archive in parts of 15 MB: ``cat minutes.tar.gz.* | tar xz`` in a checkout, then
+``python -m kafnb figures --profile paper --stored --only 12 14 18``. (09 attacks on its own, and needs a GPU for it.)
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import kafnb
+from kafnb import dryrun, notebooks, paths, pretrained, profiles
+from kafnb.results import measured
+
+NOTEBOOKS = ("14", "12", "09")  # in the order in which they are served
+ATTACK = {"pgd": 120, "autoattack": 150}  # seconds that must be left to begin one; of others, and in a dry run, 2
+PART = 15 * 2**20
+
+
+class Asked(Exception):
+    """Ends a cell at its question for a trained network."""
+
+
+def asked(name, profile, data_root):
+    """[(experiments, evaluations)] of a notebook's questions, in its order; nothing is trained, attacked or drawn."""
+    questions = []
+
+    class Listener(profiles.Session):
+        def run(self, runs, evaluations=()):
+            runs = [runs] if isinstance(runs, kafnb.Experiment) else list(runs)
+            evaluations = [evaluations] if isinstance(evaluations, kafnb.Evaluation) else list(evaluations)
+            questions.append((runs, [dryrun.shorten(e) for e in evaluations]))
+            raise Asked
+
+        def load(self, experiment):
+            self.run(experiment)
+
+        def table(self, *arguments, **options):
+            raise Asked
+
+        def save(self, *arguments, **options):
+            raise Asked
+
+    cells = json.loads((paths.home() / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    names, own = {}, kafnb.Session
+    kafnb.Session = Listener
+    try:
+        for cell in (c for c in cells if c["cell_type"] == "code"):
+            # a cell fails where it needs what another was to compute
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+                exec("".join(cell["source"]), names)
+            if "parameters" in cell["metadata"].get("tags", ()):
+                names |= dict(profile=profile, device="cpu", data_root=str(data_root))
+    finally:
+        kafnb.Session = own
+    return questions
+
+
+def wanted(profile, data_root):
+    """{experiment: evaluations} of NOTEBOOKS, what matters most first."""
+    places = {}  # experiment -> (other seed, not of the first question, which notebook)
+    evaluations = {}
+    for i, name in enumerate(NOTEBOOKS):
+        for j, (experiments, attacks) in enumerate(asked(notebooks.select([name])[0], profile, data_root)):
+            for e in experiments:
+                places.setdefault(e, (e.seed > 0, j > 0, i))
+                evaluations.setdefault(e, {}).update(dict.fromkeys(attacks))
+    return {e: tuple(evaluations[e]) for e in sorted(places, key=places.get)}
+
+
+def compute(job, data_root, device, end):
+    """Train and attack one network as far as time is left; a line on how it stands."""
+    (experiment, evaluations), where, begun = job, dict(data_root=data_root, device=device), []
+    table = kafnb.run(experiment, **where)
+    for e in evaluations:
+        if time.time() + (2 if dryrun.active() else ATTACK.get(e.attack, 2)) < end:
+            begun.append(e)
+            table = kafnb.run(experiment, begun, **where)
+    waiting = f"; {len(evaluations) - len(begun)} attacks wait" * (len(begun) < len(evaluations))
+    return f"{experiment.name}: " + ", ".join(f"{r.metric} {100 * r.rate:.1f}" for r in table.itertuples()) + waiting
+
+
+def paper(end, data_root, device, workers, profile="paper"):
+    """Work on all that is wanted until ``end`` (of ``time.time()``)."""
+    jobs = wanted(profile, data_root)
+    left = [(e, v) for e, v in jobs.items() if not measured(e, v, paths.home() / "results", data_root)]
+    print(f"{len(jobs)} networks are wanted, {len(jobs) - len(left)} are there", flush=True)
+    pool = multiprocessing.get_context("spawn").Pool(workers)
+    work = functools.partial(compute, data_root=data_root, device=device, end=end)
+    try:
+        done = pool.imap_unordered(work, left)
+        for _ in left:
+            print(done.next(timeout=max(0.0, end - time.time())), flush=True)
+    except multiprocessing.TimeoutError:
+        print("time is up", flush=True)
+    finally:
+        pool.terminate()
+        pool.join()
+
+
+def run(log, seconds, *command):
+    """A command of this Python, its output in a log, ended after so many seconds."""
+    with open(log, "w") as f:
+        try:
+            status = subprocess.run(
+                [sys.executable, *command], stdout=f, stderr=subprocess.STDOUT, timeout=seconds
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+    print(f"{log.name}: {status}; {(log.read_text().strip().splitlines() or ['nothing'])[-1]}", flush=True)
+
+
+def tests(logs, seconds):
+    """The tests marked gpu, then the benchmark, which writes figures/benchmark/."""
+    files = [str(p) for p in sorted(Path(__file__).parent.glob("test_*.py")) if "mark.gpu" in p.read_text()]
+    started, plain = time.time(), ("-m", "pytest", "-o", "addopts=", "-q")
+    run(logs / "tests.log", seconds, *plain, "-m", "gpu", "-n", str(max(1, os.cpu_count() - 2)), *files)
+    left = max(1.0, seconds - (time.time() - started))
+    benchmark = Path(__file__).parent / "benchmark_kaf.py"
+    keep = f"--benchmark-json={logs / 'benchmark.json'}"
+    run(logs / "benchmark.log", left, *plain, "-p", "no:xdist", "--benchmark-only", keep, str(benchmark))
+
+
+def pack(out, logs, since):
+    """Logs, figures/benchmark/ and the experiments that changed since then, as ``minutes.tar.gz.NN``."""
+    root, whole = paths.home(), logs / "whole.tar.gz"
+    new = [p for p in sorted(root.glob("results/*")) if any(f.stat().st_mtime > since for f in p.glob("*"))]
+    with tarfile.open(whole, "w:gz") as archive:
+        for path in (*new, root / "figures" / "benchmark", *sorted(logs.glob("*.log")), *sorted(logs.glob("*.json"))):
+            if path.exists():
+                archive.add(path, path.relative_to(root))
+    content = whole.read_bytes()
+    for i in range(0, len(content), PART):
+        (out / f"minutes.tar.gz.{i // PART:02d}").write_bytes(content[i : i + PART])
+    print(f"{len(new)} experiments, {len(content) / 2**20:.1f} MB in {out}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True, help="all in all")
+    parser.add_argument("--tests", type=float, default=5, help="of them at most for tests and benchmark (default 5)")
+    parser.add_argument("--data-root", help="a train/, test/ image tree (default: torchvision's CIFAR-10)")
+    parser.add_argument("--out", type=Path, required=True, help="the archive's folder")
+    parser.add_argument("--workers", type=int, default=6, help="networks at a time")
+    parser.add_argument("--dry-run", action="store_true", help="the same on few images, on a CPU, in runs/dry/")
+    args = parser.parse_args()
+    end = time.time() + 60 * args.minutes - (2 if args.dry_run else 15)  # to pack
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "KAFNB_PROGRESS": "0"}
+    if args.dry_run:
+        args.data_root = dryrun.prepare()
+    logs = paths.home() / "runs" / "minutes"
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.tests:
+        tests(logs, 60 * min(args.tests, args.minutes))
+    for name in pretrained.names():
+        with contextlib.suppress(ValueError, FileExistsError):  # no record came along; it is there
+            pretrained.restore(name)
+    since = time.time()
+    server = None if args.dry_run else shutil.which("nvidia-cuda-mps-control")
+    if server:  # or the networks would take turns on the GPU
+        subprocess.run([server, "-d"], check=False)
+    try:
+        paper(end, args.data_root, "cpu" if args.dry_run else "cuda", args.workers)
+    finally:
+        if server:
+            subprocess.run([server], input="quit\n", text=True, check=False)
+        pack(args.out, logs, since)
+
+
+if __name__ == "__main__":
+    main()
