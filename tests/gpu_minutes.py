@@ -66,7 +66,7 @@ def asked(name, profile, data_root):
             with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
                 exec("".join(cell["source"]), names)
             if "parameters" in cell["metadata"].get("tags", ()):
-                names |= dict(profile=profile, device="cpu", data_root=str(data_root))
+                names |= dict(profile=profile, device="cpu", data_root=data_root and str(data_root))
     finally:
         kafnb.Session = own
     return questions

@@ -33,7 +33,7 @@ def test_what_is_wanted_first(tmp_path, monkeypatch):
 def test_it_stops_in_time_and_goes_on(tmp_path):
     (tmp_path / "notebooks").symlink_to(home() / "notebooks")
     script = Path(gpu_minutes.__file__)
-    command = [sys.executable, str(script), "--minutes", "0.4", "--tests", "0", "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(script), "--minutes", "0.3", "--tests", "0", "--out", str(tmp_path / "out")]
     command += ["--workers", "1", "--dry-run"]
     done = subprocess.run(command, env=os.environ | {"KAFNB_HOME": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
