@@ -134,6 +134,8 @@ def test_bad_input(trained):
         library.autoattack(model, x, y, eps=0.1, attacks=("pgd",))
     with pytest.raises(ValueError, match="at least 4 classes"):
         library.autoattack(models.mlp(num_classes=3), x, y % 3, eps=0.1)
+    with pytest.raises(ValueError, match=r"take float32, got torch\.float64"):
+        library.square(models.mlp().double(), x.double(), y, eps=0.1)
     for attack in SMALLEST:
         with pytest.raises(ValueError, match="eps must be"):
             attack(model, x, y, eps=-1.0)

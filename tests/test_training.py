@@ -1,6 +1,7 @@
 """The training loop: it learns, resumes to the same bits, and leaves no trace outside the model."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -132,6 +133,17 @@ def test_augmentation_is_a_crop_of_the_padded_image():
     flipped = augment(torch.ones(400, 1, 16, 16) * torch.arange(16.0), "crop_flip")
     share = (flipped[:, 0, 8, 4] > flipped[:, 0, 8, 11]).float().mean()
     assert 0.4 < share < 0.6
+
+
+@pytest.mark.parametrize("train", [fit, training.range_test])
+def test_a_model_that_cannot_take_the_images_is_said_at_once(tiny, train):
+    recipe = Recipe(epochs=1, batch_size=50)
+    with pytest.raises(ValueError, match=r"^the model fails on torch.float32 images of shape \(1, 1, 8, 8\): [^\n]+$"):
+        train(models.mlp().double(), tiny, recipe)
+    oblong = dataclasses.replace(tiny, x_train=tiny.x_train[..., :6], x_test=tiny.x_test[..., :6])
+    with pytest.raises(ValueError, match=r"^the model fails on torch.float32 images of shape \(1, 1, 8, 6\): [^\n]+$"):
+        train(models.build("mlp", "relu", oblong), oblong, recipe)
+    train(models.build("light_cnn", "relu", oblong), oblong, recipe)  # which pools whatever comes
 
 
 def test_divergence_stops_and_keeps_the_last_good_weights(tiny):

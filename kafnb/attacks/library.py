@@ -44,6 +44,8 @@ def _drawn():
 def _autoattack(net, eps, norm, x):
     from pyautoattack import AutoAttack
 
+    if x.dtype != torch.float32:
+        raise ValueError(f"AutoAttack and Square take float32, got {x.dtype}: give model.float() and x.float()")
     name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
     return AutoAttack(net, norm=name, eps=eps, device=x.device, seed=_drawn())
 
