@@ -117,6 +117,25 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
     assert "holds" not in verdicts and "none of the four holds" in text
 
 
+def test_the_short_answers_are_in_the_tables():
+    """What they say of ResNet20 is held by the test above, of the 56 layers by notebook 13's own checks."""
+    text = " ".join(README.split("## In short")[1].split("##")[0].split())
+    table = pd.read_csv(home() / "figures" / "paper" / "14_resnet20_evaluation_protocols.csv").set_index("activation")
+    left = 100 * table["PGD-50-10 (true labels)"]
+    held = left[left > 0]
+    assert sorted(held.index) == ["elu", "kaf", "kaf_free", "kaf_relu", "kaf_swish"] and held.max() - held.min() < 1
+    assert "ELU's and four of the five KAFs', within a point of each other" in text
+    assert (
+        sorted(left[left == 0].index) == ["kaf_elu", "relu", "swish"] and "ReLU's, Swish's and the fifth KAF's" in text
+    )
+    more = (100 * table["PGD-50-10 (predicted labels)"] - left)[held.index]
+    assert more.between(9, 12).all() and "some ten points more from each network that holds" in text
+    times = pd.read_csv(home() / "figures" / "benchmark" / "kaf_cpu.csv")
+    times = times[times["size"] == 20].set_index("name").median_ms
+    assert times["formula"] / times["KAF"] == pytest.approx(60, abs=3) and "Sixty times less" in text
+    assert times["KAF"] / times["convolution 3x3"] == pytest.approx(1, abs=0.15) and "as a 3x3 convolution" in text
+
+
 def prose(notebook):
     cells = json.loads((home() / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
     return " ".join(" ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").split())
