@@ -74,12 +74,12 @@ def asked(name, profile, data_root):
 
 def wanted(profile, data_root):
     """{experiment: evaluations} of NOTEBOOKS, what matters most first."""
-    places = {}  # experiment -> (other seed, not of the first question, which notebook)
+    places = {}  # experiment -> (seed, not of the first question, which notebook)
     evaluations = {}
     for i, name in enumerate(NOTEBOOKS):
         for j, (experiments, attacks) in enumerate(asked(notebooks.select([name])[0], profile, data_root)):
             for e in experiments:
-                places.setdefault(e, (e.seed > 0, j > 0, i))
+                places.setdefault(e, (e.seed, j > 0, i))
                 evaluations.setdefault(e, {}).update(dict.fromkeys(attacks))
     return {e: tuple(evaluations[e]) for e in sorted(places, key=places.get)}
 
@@ -106,9 +106,13 @@ def paper(end, data_root, device, workers, profile="paper"):
     try:
         done = pool.imap_unordered(work, left)
         for _ in left:
-            print(done.next(timeout=max(0.0, end - time.time())), flush=True)
-    except multiprocessing.TimeoutError:
-        print("time is up", flush=True)
+            try:
+                print(done.next(timeout=max(0.0, end - time.time())), flush=True)
+            except (multiprocessing.TimeoutError, KeyboardInterrupt):
+                print("time is up", flush=True)
+                break
+            except Exception as error:  # of one network: the others go on
+                print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
     finally:
         pool.terminate()
         pool.join()
