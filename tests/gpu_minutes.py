@@ -2,12 +2,13 @@
 
     python tests/gpu_minutes.py --minutes 14 --data-root TREE --out FOLDER
 
-Notebooks 14, 12 and 09 say what is wanted: their cells run up to each question for trained networks, and ask on. First
-comes each one's table with seed 0, then what else they ask with it, then the other seeds. Networks that come along, and
-what is in ``results/``, are not computed again. Any moment may be the last: a training goes on from its last epoch the
-next time, and an attack is begun only if it is likely to end. FOLDER gets figures/benchmark/, the logs and what is new in
-results/, as one archive in parts of 15 MB: ``cat minutes.tar.gz.* | tar xz`` in a checkout, then
-``python -m kafnb figures --profile paper --stored --only 12 14 18``. (09 attacks on its own, and needs a GPU for it.)
+If a test fails, nothing is trained. Notebooks 14, 12 and 09 say what is wanted: their cells run up to each question for
+trained networks, and ask on. First comes each one's table with seed 0, then what else they ask with it, then the other
+seeds. Networks that come along, and what is in ``results/``, are not computed again. Any moment may be the last: a
+training goes on from its last epoch the next time, and an attack is begun only if it is likely to end. FOLDER gets
+figures/benchmark/, the logs and what is new in results/, as one archive in parts of 15 MB: ``cat minutes.tar.gz.* | tar
+xz`` in a checkout, then ``python -m kafnb figures --profile paper --stored --only 12 14 18``. (09 attacks on its own,
+and needs a GPU for it.)
 """
 
 import argparse
@@ -119,7 +120,7 @@ def paper(end, data_root, device, workers, profile="paper"):
 
 
 def run(log, seconds, *command):
-    """A command of this Python, its output in a log, ended after so many seconds."""
+    """Exit status of a command of this Python, its output in a log; "out of time" if it was ended after so many seconds."""
     with open(log, "w") as f:
         try:
             status = subprocess.run(
@@ -128,17 +129,21 @@ def run(log, seconds, *command):
         except subprocess.TimeoutExpired:
             status = "out of time"
     print(f"{log.name}: {status}; {(log.read_text().strip().splitlines() or ['nothing'])[-1]}", flush=True)
+    return status
 
 
 def tests(logs, seconds):
-    """The tests marked gpu, then the benchmark, which writes figures/benchmark/."""
+    """False if a test marked gpu fails; else the benchmark is run, too, which writes figures/benchmark/."""
     files = [str(p) for p in sorted(Path(__file__).parent.glob("test_*.py")) if "mark.gpu" in p.read_text()]
     started, plain = time.time(), ("-m", "pytest", "-o", "addopts=", "-q")
-    run(logs / "tests.log", seconds, *plain, "-m", "gpu", "-n", str(max(1, os.cpu_count() - 2)), *files)
+    workers = str(max(1, os.cpu_count() - 2))
+    if run(logs / "tests.log", seconds, *plain, "-m", "gpu", "-n", workers, *files) not in (0, "out of time"):
+        return False
     left = max(1.0, seconds - (time.time() - started))
     benchmark = Path(__file__).parent / "benchmark_kaf.py"
     keep = f"--benchmark-json={logs / 'benchmark.json'}"
     run(logs / "benchmark.log", left, *plain, "-p", "no:xdist", "--benchmark-only", keep, str(benchmark))
+    return True
 
 
 def pack(out, logs, since):
@@ -172,8 +177,10 @@ def main():
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.tests:
-        tests(logs, 60 * min(args.tests, args.minutes))
+    since = time.time()
+    if args.tests and not tests(logs, 60 * min(args.tests, args.minutes)):
+        pack(args.out, logs, since)
+        sys.exit("a kernel computes something else here (tests.log): nothing is trained with it; --tests 0 insists")
     for name in pretrained.names():
         with contextlib.suppress(ValueError, FileExistsError):  # no record came along; it is there
             pretrained.restore(name)
