@@ -188,6 +188,7 @@ def _card(name, run, data, record, scores):
     rate = f"{recipe.lr[1]:g}" if recipe.schedule == "constant" else f"{recipe.lr[0]:g} to {recipe.lr[1]:g}"
     method = recipe.method if recipe.method == "standard" else f"{recipe.method}, eps {255 * recipe.eps:g}/255"
     how = f"{recipe.optimizer}, rate {rate} ({recipe.schedule}), {recipe.precision}"
+    how += f", k-WTA ratio from {recipe.kwta_start:g}" if recipe.kwta_start else ""
     network = [f"{run['model']} with {LABELS.get(run['activation'], run['activation'])}"]
     network += [f"{k} {v}" for k, v in run["options"].items()] + [f"{record['parameters']:,} parameters"]
     rows = "".join(
