@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -170,6 +171,7 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="the same on few images, on a CPU, in runs/dry/")
     args = parser.parse_args()
     end = time.time() + 60 * args.minutes - (2 if args.dry_run else 15)  # to pack
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of ``timeout``: stop, and pack what is there
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "KAFNB_PROGRESS": "0"}
     if args.dry_run:
         args.data_root = dryrun.prepare()

@@ -43,7 +43,7 @@ def test_a_stop_loses_nothing(tmp_path):
         for line in running.stdout:
             networks += re.findall(r"^(\S+): clean .*AutoAttack", line)
             if len(networks) == 2:
-                running.send_signal(signal.SIGINT)
+                running.send_signal(signal.SIGTERM)
                 break
         rest = running.stdout.read()
     assert networks[0].startswith("resnet20-relu-fgsm_rs-s0-") and running.returncode == 0
