@@ -188,12 +188,12 @@ def main():
             pretrained.restore(name)
     since = time.time()
     server = None if args.dry_run else shutil.which("nvidia-cuda-mps-control")
-    if server:  # or the networks would take turns on the GPU
-        subprocess.run([server, "-d"], check=False)
+    # or the networks would take turns on the GPU; one that runs already is somebody's, and stays
+    started = server is not None and subprocess.run([server, "-d"], check=False).returncode == 0
     try:
         paper(end, args.data_root, "cpu" if args.dry_run else "cuda", args.workers)
     finally:
-        if server:
+        if started:
             subprocess.run([server], input="quit\n", text=True, check=False)
         pack(args.out, logs, since)
 
