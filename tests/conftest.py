@@ -51,6 +51,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (-seconds.get(item.path.stem, 0), item.path not in slow))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_generate_json(benchmarks):
+    """Without the one that was interrupted: it has no times, and the others' would be lost with it."""
+    benchmarks[:] = [b for b in benchmarks if b.stats.data]
+
+
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """``make bench``: keep the table, and on which machine it was measured, in figures/benchmark/."""
     import pandas as pd

@@ -267,6 +267,17 @@ def number():
     return 3
 
 
+def test_both_protocols_for_one_attack(store, monkeypatch):
+    attack = dataclasses.replace(PGD, eps=0.04, restarts=2, n=360)
+    both = [attack, dataclasses.replace(attack, labels="predicted")]
+    alone = kafnb.run(MLP, both[:1], store=store.with_name("alone")).correct[1]
+    told, measured = [], evaluations.robust_accuracy
+    monkeypatch.setattr(evaluations, "robust_accuracy", lambda *a, **o: told.append(a[3]) or measured(*a, **o))
+    clean, true, predicted = kafnb.run(MLP, both, store=store).correct
+    assert told == ["predicted"] and np.array_equal(true, alone) and np.array_equal(predicted & clean, true)
+    assert 0 < true.sum() < predicted.sum() < 360
+
+
 def test_evaluations_by_every_attack_and_unchanged_keys(store):
     # frozen: what was stored before attacks were added is still found
     assert key_of(Evaluation("pgd", eps=0.1, step_size=0.025, steps=10, restarts=2, n=360)) == "17e72f847f"

@@ -157,22 +157,25 @@ def test_a_state_goes_from_graphs_to_plain_steps_and_back(tiny):
 @pytest.mark.parametrize("activation", ["relu", "kaf", "kaf_free", "kwta"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_replays_on_a_gpu(digits, activation, precision, monkeypatch):
-    """The losses of plain steps, the same numbers drawn; and quicker."""
+    """The losses of plain steps, the same numbers drawn; and quicker.
+
+    A GPU adds in no fixed order: two equal runs differ, and what they differ by is allowed three times. (On an H200 one
+    of these eight cases was 2.4 % off in its second epoch.)
+    """
     recipe = Recipe("fgsm_rs", epochs=2, lr=(0.001, 0.05), batch_size=64, eps=0.1, augment="crop", precision=precision)
-    results = {}
+    losses, seconds = {}, {}
     for wanted in ("1", "0"):
         monkeypatch.setenv("KAFNB_GRAPHS", wanted)
         torch.manual_seed(0)
-        model = models.resnet(20, activation, in_channels=1)
-        fit(copy.deepcopy(model), digits, recipe, seed=1, device="cuda")  # kernels are compiled
-        started = time.perf_counter()
-        history = fit(model, digits, recipe, seed=1, device="cuda")
-        results[wanted] = history, time.perf_counter() - started
-    (graphed, quick), (plain, slow) = results["1"], results["0"]
-    torch.testing.assert_close(
-        torch.tensor(graphed.loss), torch.tensor(plain.loss), rtol=0.02 if precision == "float32" else 0.05, atol=0
-    )
-    print(
-        f"{activation}, {precision}: {slow / quick:.2f}x, {1e3 * quick / 44:.1f} ms a step with its share of the rest"
-    )
+        model, losses[wanted] = models.resnet(20, activation, in_channels=1), []
+        for copied in (copy.deepcopy(model), model):  # the first compiles the kernels
+            started = time.perf_counter()
+            losses[wanted].append(torch.tensor(fit(copied, digits, recipe, seed=1, device="cuda").loss))
+            seconds[wanted] = time.perf_counter() - started
+    noise = max(((a - b).abs() / b).max().item() for a, b in losses.values())
+    allowed = max(0.02 if precision == "float32" else 0.05, 3 * noise)
+    torch.testing.assert_close(losses["1"][1], losses["0"][1], rtol=allowed, atol=0)
+    quick, slow = seconds["1"], seconds["0"]
+    step = f"{1e3 * quick / 44:.1f} ms a step with its share of the rest"
+    print(f"{activation}, {precision}: {slow / quick:.2f}x, {step}; two equal runs: {100 * noise:.1f} %")
     assert quick < slow
