@@ -2,7 +2,7 @@
 
     python tests/gpu_minutes.py --minutes 14 --data-root TREE --out FOLDER
 
-If a test fails, nothing is trained. Notebooks 14, 12 and 09 say what is wanted: their cells run up to each question for
+If a test fails, nothing is trained. Notebooks 14, 12, 09 and 18 say what is wanted: their cells run up to each question for
 trained networks, and ask on. First comes each one's table with seed 0, then what else they ask with it, then the other
 seeds. Networks that come along, and what is in ``results/``, are not computed again. Any moment may be the last: a
 training goes on from its last epoch the next time, and an attack is begun only if it is likely to end. FOLDER gets
@@ -30,7 +30,7 @@ import kafnb
 from kafnb import dryrun, notebooks, paths, pretrained, profiles
 from kafnb.results import measured
 
-NOTEBOOKS = ("14", "12", "09")  # in the order in which they are served
+NOTEBOOKS = ("14", "12", "09", "18")  # in the order in which they are served
 ATTACK = {"pgd": 120, "autoattack": 150}  # seconds that must be left to begin one; of others, and in a dry run, 2
 PART = 15 * 2**20
 
