@@ -126,14 +126,15 @@ def test_shipped_networks_load_and_have_cards():
 
 
 def test_the_long_trainings_are_what_the_notebooks_look_for(tmp_path):
-    long = [name for name in pretrained.names() if name.endswith("80-epochs")]
-    assert len(long) == len(thesis.RESNET20)
+    long = [name for name in pretrained.names() if name.endswith(("fgsm_rs-80-epochs", "fgsm_rs-60-epochs"))]
+    assert [name.split("-")[0] for name in long] == ["resnet20"] * len(thesis.RESNET20) + ["vgg"] * 2
     for name in long:
         folder = pretrained.restore(name, tmp_path)
         run = json.loads((folder / "experiment.json").read_text())["experiment"]
         experiment = Experiment(**run | {"recipe": Recipe(**run["recipe"])})
-        assert folder.name == experiment.name and experiment.recipe == kafnb.PROFILES["paper"].recipe("resnet20")
-        assert len(kafnb.history(experiment, store=tmp_path)) == 80
+        recipe = kafnb.PROFILES["paper"].recipe(experiment.model, activation=experiment.activation)
+        assert folder.name == experiment.name and experiment.recipe == recipe
+        assert len(kafnb.history(experiment, store=tmp_path)) == recipe.epochs
 
 
 def test_cards_say_what_the_tables_say():
@@ -141,15 +142,15 @@ def test_cards_say_what_the_tables_say():
     resnets, vggs, long = (
         pd.read_csv(figures / f"{f}.csv")
         for f in (
-            "small/14_resnet20_evaluation_blocks", "small/12_vgg_evaluation_scatter",
+            "small/14_resnet20_evaluation_blocks", "paper/12_vgg_evaluation_scatter",
             "paper/14_resnet20_evaluation_blocks",
         )
     )  # fmt: skip
     resnets = resnets[~resnets.case.str.contains("fifth of the rate")]  # does not come with the package
     block = resnets.case.map(lambda c: "" if "thesis" in c else "-he")
     resnets["network"] = "resnet20-" + resnets.activation + block + "-" + resnets.method
-    vggs = vggs[vggs.activation == "relu"]  # the one that comes along
-    vggs["network"] = "vgg-" + vggs.activation + "-" + vggs.method
+    vggs = vggs[vggs.activation.isin(("relu", "kaf"))]  # those that come along
+    vggs["network"] = "vgg-" + vggs.activation + "-" + vggs.method + "-60-epochs"
     long["network"] = "resnet20-" + long.activation + "-" + long.method + "-80-epochs"
     told = 0
     for row in pd.concat([resnets, vggs, long]).query("seed == 0").itertuples():
@@ -159,7 +160,7 @@ def test_cards_say_what_the_tables_say():
         assert float(score[1]) == pytest.approx(100 * row.rate, abs=0.06 if row.metric == "clean" else 1.5), row.network
         assert int(score[2]) == row.n
         told += 1
-    assert told == 7 * 3 + 1 * 3 + 8 * 3
+    assert told == 7 * 3 + 2 * 3 + 8 * 3
 
 
 def test_git_and_the_build_take_them():
