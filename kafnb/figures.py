@@ -55,7 +55,8 @@ def line(activation):
 def scatter(ax, results, x, y):
     """Two accuracies of each activation, per cent; its ellipse has their 95 % intervals (``compare.rates``) as axes.
 
-    Where some networks failed, those of more than half the best rates are drawn once more, enlarged.
+    One without both is left out. Where some networks failed, those of more than half the best rates are drawn once
+    more, enlarged.
 
     Parameters
     ----------
@@ -66,7 +67,7 @@ def scatter(ax, results, x, y):
     """
     rates = 100 * compare.rates(results).set_index(["activation", "metric"])[["rate", "low", "high"]]
     seeds = 100 * results.pivot(index=["activation", "seed"], columns="metric", values="rate")
-    means = rates.rate.unstack()[[x, y]].loc[results.activation.unique()]
+    means = rates.rate.unstack()[[x, y]].loc[results.activation.unique()].dropna()
     _places(ax, rates, seeds, means.index, x, y)
     ax.set(xlabel=f"{x} accuracy, %" if x == "clean" else f"{x}, %", ylabel=f"{y}, %")
     well = means.index[(means > means.max() / 2).all(axis=1)]

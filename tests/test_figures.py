@@ -91,7 +91,8 @@ def test_scatter_draws_the_intervals_it_was_given(figure):
         correct = rng.random(300) < {"clean": 0.8, "PGD": 0.4}[metric]
         rows.append(dict(activation=name, metric=metric, seed=seed, rate=correct.mean(), correct=correct))
     results, ax = pd.DataFrame(rows), figure.axes[0]
-    figures.scatter(ax, results, "clean", "PGD")
+    unattacked = results[results.metric == "clean"].query("activation == 'relu'").assign(activation="swish")
+    figures.scatter(ax, pd.concat([results, unattacked]), "clean", "PGD")
     rates = compare.rates(results).set_index(["activation", "metric"])
     for name, e in zip(("relu", "kaf_elu"), (p for p in ax.patches if isinstance(p, Ellipse)), strict=True):
         (clean, pgd), (x, y) = (100 * rates.loc[name].loc[m] for m in ("clean", "PGD")), e.center
