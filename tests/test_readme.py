@@ -164,7 +164,7 @@ def test_what_14_says_of_pairs_is_in_the_outcomes_that_come_with_the_networks(tm
 
 
 def test_what_18_says_of_disagreement_is_in_the_tables():
-    said = "it is smaller there for ResNet20 (two pairs) and larger for VGG (six that learned on digits, too)"
+    said = "it is smaller there for ResNet20 (two pairs), and larger or about as large for VGG with the four functions"
     assert said in prose("18_conclusions")
     shares = {}
     for profile, n in (("paper", 10_000), ("quick", 360)):
@@ -173,8 +173,9 @@ def test_what_18_says_of_disagreement_is_in_the_tables():
         width = t[["low", "high"]].sub(t.ours, axis=0).abs().max(axis=1)  # the other end may be drawn out to zero
         shares[profile] = (width / 196) ** 2 * n + (t.ours / 100) ** 2
     shares = pd.DataFrame(shares).dropna()
-    smaller = shares.paper < shares.quick
-    assert smaller["resnet20"].tolist() == [True] * 2 and smaller["vgg"].tolist() == [False] * 6
+    times = shares.paper / shares.quick
+    well = times["vgg"].drop(index=["kaf", "kaf_swish"], errors="ignore")  # random, at the edge (12): by rounding
+    assert len(times["resnet20"]) == 2 and times["resnet20"].max() < 1 and len(well) == 4 and well.min() > 0.9
 
 
 def test_what_18_says_of_vgg_is_in_the_table():
