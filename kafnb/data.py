@@ -77,6 +77,11 @@ class Data:
         count(n, "n", optional=True)
         return to_unit(self.x_test[:n]), self.y_test[:n]
 
+    def train(self, n=None):
+        """The first n training images in [0, 1] and their labels; all for None."""
+        count(n, "n", optional=True)
+        return to_unit(self.x_train[:n]), self.y_train[:n]
+
     def validation_split(self, fraction=0.1):
         """The same training set with its last ``fraction`` held out as the test set: for every choice made."""
         number(fraction, "fraction", above=0, high=1)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import torch
 
 from .attacks import still
@@ -94,7 +95,7 @@ def predict(model, x, batch_size=None, y=None):
 
     ``batch_size``: default as in ``robust_accuracy``. The labels ``y``, if given, must be among the classes.
     """
-    device, answers = _device(model), []
+    device, answers = model_device(model), []
     if len(images(x, box=False)) == 0:
         raise ValueError("predict needs at least one image")
     batch_size = _batch_size(batch_size, device, x)
@@ -113,7 +114,7 @@ def _batch_size(wanted, device, x):
     return 2048 if device.type != "cpu" and x[0, 0].numel() <= 32 * 32 else 512
 
 
-def _device(model):
+def model_device(model):
     """Where a model is; of one without parameters the CPU."""
     return next((p.device for p in instance(model, torch.nn.Module, "model").parameters()), torch.device("cpu"))
 
@@ -172,7 +173,7 @@ def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=No
     for one in attacks:
         if not callable(one):
             raise TypeError(f"attack must be a function attack(model, x, y), or a list of such, got {shown(one)}")
-    device = _device(model)
+    device = model_device(model)
     answer, truth = predict(model, x, batch_size, y), y.cpu()
     told = truth if labels == "true" else answer
     correct = (answer == truth).numpy()
@@ -192,3 +193,33 @@ def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=No
                 standing[rows] &= predict(model, x_adv.to(x.dtype), batch_size) == truth[batch[rows]]
             correct[batch.numpy()] = standing.numpy()
     return Score(correct, labels)
+
+
+def generalisation_gap(model, data, attack, *, n, seed=0):
+    """Accuracy on training images, accuracy on test images, and their difference, clean and under attack.
+
+    Parameters
+    ----------
+    model, attack, seed
+        As for ``robust_accuracy``; the attack is told the truth.
+    data : Data
+    n : int
+        First n images of each set, or all there are.
+
+    Returns
+    -------
+    DataFrame
+        Rows "clean" and "attacked"; columns training, test, gap (training less test), and low and high, its 95 %
+        interval for two independent samples, all in points; n_training, n_test.
+    """
+    sets = {"training": instance(data, Data, "data").train(n), "test": data.test(n)}
+    kinds = {"clean": clean_accuracy, "attacked": lambda m, d: robust_accuracy(m, d, attack, seed=seed)}
+    rows = {}
+    for kind, measure in kinds.items():
+        scores = {name: measure(model, images) for name, images in sets.items()}
+        rates = {name: 100 * score.rate for name, score in scores.items()}
+        gap = rates["training"] - rates["test"]
+        half = 1.96 * sum(r * (100 - r) / scores[name].n for name, r in rates.items()) ** 0.5
+        n_of = {f"n_{name}": score.n for name, score in scores.items()}
+        rows[kind] = rates | {"gap": gap, "low": gap - half, "high": gap + half} | n_of
+    return pd.DataFrame.from_dict(rows, orient="index")

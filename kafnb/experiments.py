@@ -15,7 +15,7 @@ from .checks import device as device_of
 from .data import load_data
 from .evaluations import Evaluation
 from .recipe import Recipe
-from .results import measure, measured, trained
+from .results import evaluation_file, measure, measured, trained
 from .store import Folder, default_store, key_of
 
 
@@ -194,10 +194,16 @@ def load(experiment, *, data_root=None, device="cpu", progress=False, store=None
         return trained(folder, experiment, data, device, progress)
 
 
-def computed_on(experiment, *, store=None):
-    """Where a stored experiment was trained, "device, torch version, commit"."""
-    record = Folder(Path(store or default_store()) / _check(experiment).name).read_json("experiment.json")
-    return f"{record['device']}, torch {record['torch']}, commit {record['commit']}"
+def computed_on(experiment, evaluations=(), *, store=None):
+    """Where a stored experiment was trained, "device, torch version, commit", and attacked, "attack: device"; a set."""
+    folder = Folder(Path(store or default_store()) / _check(experiment).name)
+    record = folder.read_json("experiment.json")
+    lines = {f"{record['device']}, torch {record['torch']}, commit {record['commit']}"}
+    for evaluation in evaluations:
+        if evaluation.attack != "none" and folder.has(file := evaluation_file(evaluation)):
+            device = folder.read_comment(file).get("device")  # since 11/2026
+            lines |= {f"{evaluation.name}: {device}"} if device else set()
+    return lines
 
 
 def history(experiment, *, store=None):

@@ -90,6 +90,37 @@ def _places(ax, rates, seeds, names, x, y):
     ax.autoscale_view()
 
 
+def gaps(panels, tables):
+    """Accuracy of each activation on training and on test images, joined: an axes for each measurement.
+
+    Parameters
+    ----------
+    panels : sequence of Axes
+        Which share y.
+    tables : dict of DataFrame
+        Of each measurement, by its name, the rows of ``evaluate.generalisation_gap``; index activation.
+
+    Returns
+    -------
+    str
+        The picture in words.
+    """
+    words = []
+    for ax, (measured, table) in zip(panels, tables.items(), strict=True):
+        for i, (name, row) in enumerate(table.iterrows()):
+            color, marker = STYLES[name]
+            ax.plot([row.training, row.test], [i, i], color=color, lw=1.5, zorder=1)
+            ax.scatter(row.training, i, s=40, marker=marker, facecolor="white", edgecolor=color, zorder=2)
+            ax.scatter(row.test, i, s=40, marker=marker, color=color, zorder=3)
+        ax.set_yticks(range(len(table)), [LABELS[name] for name in table.index])
+        widest = f"largest gap {table.gap.max():.1f} points, {LABELS[table.gap.idxmax()]}"
+        ax.set(xlabel="accuracy, %: training images empty, test images full", title=f"{measured}: {widest}")
+        each = "; ".join(f"{LABELS[name]} {r.training:.1f} and {r.test:.1f}" for name, r in table.iterrows())
+        words.append(f"{measured}, {widest}. Accuracy in per cent on training and on test images: {each}.")
+    panels[0].invert_yaxis()
+    return " ".join(words)
+
+
 def wrong_colours(figure):
     """Labels of lines, points and bars that name an activation but are drawn in another colour than its own."""
     own, odd = {LABELS[a]: to_rgb(color) for a, (color, _) in STYLES.items()}, []

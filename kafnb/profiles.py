@@ -205,10 +205,13 @@ class Session:
         where = self._where() | dict(device=self.workers_device, engine=self.engine, address=self.address)
         runs = [runs] if isinstance(runs, experiments.Experiment) else list(runs)
         evaluations = [evaluations] if isinstance(evaluations, Evaluation) else evaluations
-        table = experiments.run(runs, dict.fromkeys(shorten(e) for e in evaluations), stored=self.stored, **where)
+        evaluations = list(dict.fromkeys(shorten(e) for e in evaluations))
+        table = experiments.run(runs, evaluations, stored=self.stored, **where)
         if self.stored:  # on another machine, maybe
             keys = set(table.experiment)
-            self.computed_on |= {experiments.computed_on(e) for e in runs if e.key in keys}
+            self.computed_on |= {
+                line for e in runs if e.key in keys for line in experiments.computed_on(e, evaluations)
+            }
         return table
 
     def load(self, experiment):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from .activations import ACTIVATIONS, activation
 from .checks import shown
 from .data import load_data
-from .evaluate import Score
+from .evaluate import Score, model_device
 from .evaluations import CLEAN
 from .methods import METHODS
 from .provenance import code_fingerprint, code_of, device_name, provenance
@@ -158,12 +158,14 @@ def _score(folder, evaluation, model, data):
     if both and evaluation.attack != "none" and (told := _stored(folder, both, truth, origin)):
         clean = _score(folder, CLEAN, model, data)
         score = Score(told.correct & clean.correct[: told.n], "true")
+        device = folder.read_comment(evaluation_file(both)).get("device")
     else:
-        score = evaluation(model(), data)
+        net = model()
+        score, device = evaluation(net, data), device_name(model_device(net))
     table = pd.DataFrame(
         {"image": range(score.n), "label": data.y_test[: score.n], "correct": score.correct.astype(int)}
     )
-    origin = {"code": code, "weights": folder.digest("weights.safetensors")}
+    origin = {"code": code, "weights": folder.digest("weights.safetensors"), "device": device}
     folder.write_table(evaluation_file(evaluation), table, json.dumps(dataclasses.asdict(evaluation) | origin))
     return score
 

@@ -79,4 +79,6 @@ def test_the_paper_profile_runs_dry_from_the_command_line(tmp_path):
     networks = scatter.drop_duplicates(["activation", "seed"])
     assert len(networks) == 19 and not networks.activation.isin(["kaf_free"]).any()
     manifest = json.loads((dry / "figures" / "paper" / "manifest.json").read_text())
-    assert len(manifest["figures"]["14_resnet20_evaluation_scatter"]["computed_on"]) == 1
+    lines = manifest["figures"]["14_resnet20_evaluation_scatter"]["computed_on"]
+    attacks, trained = [s for s in lines if "labels): cpu, " in s], [s for s in lines if ", commit " in s]
+    assert len(trained) == 1 and len(attacks) >= 2 and len(attacks) + 1 == len(lines), lines

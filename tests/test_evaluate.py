@@ -144,7 +144,7 @@ def test_attacks_run_without_tf32(monkeypatch):
     with evaluate.exact(torch.device("cpu")):
         inside.append(conv.fp32_precision)
     assert inside == ["ieee", before] and conv.fp32_precision == before
-    monkeypatch.setattr(evaluate, "_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(evaluate, "model_device", lambda model: torch.device("cuda"))
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, **how: self)  # no such device here
     seen = []
 
@@ -181,3 +181,22 @@ def test_convolutions_are_exact_on_a_gpu():
 def test_no_attack_is_no_robust_accuracy(digits):
     with pytest.raises(ValueError, match="needs an attack"):
         evaluate.robust_accuracy(models.build("mlp", "relu", digits), digits, [])
+
+
+def test_generalisation_gap_by_hand():
+    """A network that knows three of four training images and one of two test images, and nothing under attack."""
+    x = torch.arange(4, dtype=torch.uint8)[:, None, None, None] * torch.full((1, 1, 2, 2), 85, dtype=torch.uint8)
+    data = kafnb.data.Data("four", x, torch.tensor([0, 0, 1, 0]), x[[0, 3]], torch.tensor([0, 0]), ("dark", "light"))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    with torch.no_grad():  # light where the mean is above a half
+        model[1].weight.copy_(torch.tensor([[0.0] * 4, [1.0] * 4]))
+        model[1].bias.copy_(torch.tensor([2.0, 0.0]))
+    invert = lambda model, x, y: 1 - x  # noqa: E731
+    table = evaluate.generalisation_gap(model, data, invert, n=100)
+    assert table.loc["clean", ["training", "test", "gap"]].tolist() == [75, 50, 25]
+    assert table.loc["attacked", ["training", "test"]].tolist() == [0, 0]
+    assert table.loc["clean", ["n_training", "n_test"]].tolist() == [4, 2]
+    half = 100 * norm.ppf(0.975) * (0.75 * 0.25 / 4 + 0.5 * 0.5 / 2) ** 0.5
+    assert table.loc["clean", ["low", "high"]].tolist() == pytest.approx([25 - half, 25 + half], rel=1e-4)
+    with pytest.raises(TypeError, match="data must be a Data"):
+        evaluate.generalisation_gap(model, data.test(), invert, n=2)
