@@ -3,8 +3,8 @@
     python tests/gpu_minutes.py --minutes 14 --data-root TREE --out FOLDER
 
 If a test fails, nothing is trained. Notebooks 14, 12, 09 and 18 say what is wanted: their cells run up to each question for
-trained networks, and ask on. First comes each one's table with seed 0, then what else they ask with it, then the other
-seeds. Networks that come along, and what is in ``results/``, are not computed again. Any moment may be the last: a
+trained networks, and ask on. First comes each one's table with seed 0, then what else 09, 12, 14 and 18 ask with it,
+then the other seeds. Networks that come along, and what is in ``results/``, are not computed again. Any moment may be the last: a
 training goes on from its last epoch the next time, and an attack is begun only if it is likely to end. FOLDER gets
 figures/benchmark/, the logs and what is new in results/, as one archive in parts of 15 MB: ``cat minutes.tar.gz.* | tar
 xz`` in a checkout, then ``python -m kafnb figures --profile paper --stored --only 12 14 18``. (09 attacks on its own,
@@ -30,7 +30,7 @@ import kafnb
 from kafnb import dryrun, notebooks, paths, pretrained, profiles
 from kafnb.results import measured
 
-NOTEBOOKS = ("14", "12", "09", "18")  # in the order in which they are served
+NOTEBOOKS = ("14", "12", "09", "18")  # in the order of their tables
 ATTACK = {"pgd": 120, "autoattack": 150}  # seconds that must be left to begin one; of others, and in a dry run, 2
 PART = 15 * 2**20
 
@@ -76,12 +76,12 @@ def asked(name, profile, data_root):
 
 def wanted(profile, data_root):
     """{experiment: evaluations} of NOTEBOOKS, what matters most first."""
-    places = {}  # experiment -> (seed, not of the first question, which notebook)
+    places = {}  # experiment -> (seed, not of the first question, whose table or which notebook)
     evaluations = {}
     for i, name in enumerate(NOTEBOOKS):
         for j, (experiments, attacks) in enumerate(asked(notebooks.select([name])[0], profile, data_root)):
             for e in experiments:
-                places.setdefault(e, (e.seed, j > 0, i))
+                places.setdefault(e, (e.seed, j > 0, int(name) if j else i))
                 evaluations.setdefault(e, {}).update(dict.fromkeys(attacks))
     return {e: tuple(evaluations[e]) for e in sorted(places, key=places.get)}
 
