@@ -119,6 +119,27 @@ def test_what_is_said_of_the_80_epochs_is_in_the_table():
     assert "holds" not in verdicts and "none of the four holds" in text
 
 
+def test_what_is_said_of_training_images_and_of_autoattack_is_in_the_tables():
+    text, folder = " ".join(README.split()), home() / "figures" / "paper"
+    gaps = {}
+    for notebook in ("12_vgg_evaluation", "14_resnet20_evaluation"):
+        table = pd.read_csv(folder / f"{notebook}_overfitting.csv")
+        assert set(table.n_training) == set(table.n_test) == {2000}
+        gaps[notebook] = table[table.images == "attacked"].set_index("activation")
+    vgg, resnet = gaps.values()
+    free, fixed = vgg.loc[["kaf", "kaf_swish"]], vgg.loc[["relu", "elu"]]
+    assert free.training.min() > fixed.training.max() and free.test.max() < vgg.test["elu"]
+    assert vgg.gap[["kaf", "kaf_swish", "swish"]].round().tolist() == [12, 14, 9] and fixed.gap.max() < 4
+    assert "their gaps are twelve and fourteen points, those two's under four (Swish's nine:" in text
+    assert free.low.min() > fixed.high.max()  # beyond the intervals
+    held = resnet[resnet.test > 10]
+    assert sorted(held.index) == ["elu", "kaf", "kaf_free", "kaf_relu", "kaf_swish"]
+    assert held.gap.between(1.75, 4.25).all() and "lose two to four points" in text
+    strong = pd.read_csv(folder / "12_vgg_evaluation_scatter.csv")
+    strong = strong[strong.metric.str.startswith("AutoAttack")]
+    assert set(strong.n) == {1000} and set(strong.activation) == set(vgg.index) and len(strong) == 6
+
+
 def test_the_short_answers_are_in_the_tables():
     """What they say of ResNet20 is held by the test above, of the 56 layers by notebook 13's own checks."""
     text = " ".join(README.split("## In short")[1].split("##")[0].split())
