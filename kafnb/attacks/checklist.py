@@ -12,7 +12,7 @@ import torch
 
 from ..checks import count, forward, images, instance, labels, radius
 from ..checks import seed as seed_of
-from ..evaluate import _device, _images, robust_accuracy
+from ..evaluate import _images, model_device, robust_accuracy
 from . import fgsm, input_gradient, pgd, still
 from .adaptive import transfer
 from .library import square
@@ -110,7 +110,7 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
     count(queries, "queries")
     if source is not None:
         instance(source, torch.nn.Module, "source")
-    x, y = (t.to(_device(model)) for t in _images(data, n))
+    x, y = (t.to(model_device(model)) for t in _images(data, n))
     values = outputs(model, x, y)
     with still(model), torch.no_grad():
         right = int((model(x).argmax(1) == y).sum())
@@ -169,7 +169,7 @@ def loss_surface(model, x, y, *, eps, size=25, seed=0):
     count(y, "y", low=0)
     seed_of(seed)
     images(x, dims=3)
-    device = _device(model)
+    device = model_device(model)
     x, label = x[None].to(device), torch.tensor([y], device=device)
     generator = torch.Generator().manual_seed(seed)
     along = torch.from_numpy(np.linspace(-eps, eps, size)).to(x)
