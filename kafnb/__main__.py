@@ -70,6 +70,9 @@ def main(argv=None):
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"kafnb: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("kafnb: stopped; what was trained so far is kept, the same command goes on", file=sys.stderr)
+        return 130
     failed = [o for o in outcomes if o.error]
     for o in failed:
         print(f"kafnb: {o.name}: {o.error}", file=sys.stderr)

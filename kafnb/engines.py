@@ -11,6 +11,7 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -51,9 +52,25 @@ class Bars:
             bar.close()
 
 
-def _start(threads, registered):
-    torch.set_num_threads(threads)
-    register(pickle.loads(registered))
+@contextlib.contextmanager
+def pool(workers, start=None, arguments=()):
+    """A pool of processes, each begun by ``start(*arguments)``. They end with this one, however it ends.
+
+    After an error or an interrupt they are ended at once: nobody waits for the others.
+    """
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (start, arguments))
+    try:
+        yield executor
+    except BaseException:
+        for child in list((executor._processes or {}).values()):  # no public name before Python 3.14
+            child.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _begin(start, arguments):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends its workers
 
     def end_with_parent():
         """A parent that is killed tells nobody: without this its workers would wait for ever."""
@@ -61,6 +78,13 @@ def _start(threads, registered):
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    if start:
+        start(*arguments)
+
+
+def _start(threads, registered):
+    torch.set_num_threads(threads)
+    register(pickle.loads(registered))
 
 
 def _progress(folder):
@@ -79,31 +103,26 @@ def processes(
     except ImportError:
         pickler = pickle
     start = threads or max(1, cores // workers), pickler.dumps(yours(experiments))
-    context, where = multiprocessing.get_context("spawn"), dict(store=store, device=device, data_root=data_root)
+    where = dict(store=store, device=device, data_root=data_root)
     left, bars = set(range(len(experiments))), Bars(experiments, progress)
     with contextlib.closing(bars):
         for attempt in range(1 + RETRIES):
-            pool = ProcessPoolExecutor(workers, context, _start, start)
             try:
-                todo = {pool.submit(measure, experiments[i], evaluations, **where): i for i in sorted(left)}
-                while todo:
-                    done, _ = wait(todo, timeout=0.5 if progress else None, return_when=FIRST_COMPLETED)
-                    for i in todo.values() if progress else ():
-                        if (folder := Path(store) / experiments[i].name).is_dir():  # some worker has begun
-                            bars.report(i, _progress(folder), epochs_of(experiments[i].recipe))
-                    for future in done:
-                        future.result()
-                        bars.finished(todo[future])
-                        left.discard(todo.pop(future))
+                with pool(workers, _start, start) as executor:
+                    todo = {executor.submit(measure, experiments[i], evaluations, **where): i for i in sorted(left)}
+                    while todo:
+                        done, _ = wait(todo, timeout=0.5 if progress else None, return_when=FIRST_COMPLETED)
+                        for i in todo.values() if progress else ():
+                            if (folder := Path(store) / experiments[i].name).is_dir():  # some worker has begun
+                                bars.report(i, _progress(folder), epochs_of(experiments[i].recipe))
+                        for future in done:
+                            future.result()
+                            bars.finished(todo[future])
+                            left.discard(todo.pop(future))
                 break
             except BrokenProcessPool:  # a worker was killed: the unfinished resume from their checkpoints
                 if attempt == RETRIES:
                     raise
-            finally:
-                children = list((pool._processes or {}).values())  # no public name before Python 3.14
-                for child in children if left else ():  # after an error or an interrupt nobody waits for the others
-                    child.terminate()
-                pool.shutdown(cancel_futures=True)
 
 
 def ray(measure, experiments, evaluations, *, progress, **where):

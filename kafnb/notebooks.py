@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import sys
 import textwrap
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 
 from tqdm import tqdm
 
@@ -147,9 +146,9 @@ def run_notebooks(
     # glibc keeps what is freed: handing memory back makes each large tensor touch fresh pages
     environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     environment |= {"KAFNB_ENGINE": engine, "KAFNB_ADDRESS": address or "", "KAFNB_STORED": str(int(stored))}
-    outcomes, context = [], multiprocessing.get_context("spawn")
+    outcomes = []
     with (
-        ProcessPoolExecutor(jobs, mp_context=context) as pool,
+        engines.pool(jobs) as pool,
         tqdm(total=len(names), desc=f"{profile} notebooks", unit="notebook", position=0) as bar,
     ):
         futures = [

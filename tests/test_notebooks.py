@@ -1,12 +1,17 @@
 """What every notebook must have, the runner, and the command line."""
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from kafnb import __main__, notebooks, profiles
@@ -120,6 +125,39 @@ def test_keep_stores_outputs_and_nothing_of_papermill(checkout):
     kept = nbformat.read(checkout / "notebooks" / "02_good.ipynb", 4)
     assert "quick 0" in kept.cells[1].outputs[0]["text"] and "papermill" not in json.dumps(kept)
     assert len(kept.cells) == 2  # the injected parameters stayed in runs/
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_or_killed_it_leaves_nothing_running(checkout, how):
+    files = sorted((checkout / "notebooks").glob("*.ipynb"))
+    source = "import os, time\nopen(f'pid-{os.getpid()}', 'w')\ntime.sleep(600)"
+    for path in files:
+        content = nbformat.read(path, 4)
+        content.cells[1].source = source
+        nbformat.write(content, path)
+    command = [sys.executable, "-m", "kafnb", "figures", "--jobs", "1"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    begun = lambda: [int(p.name[4:]) for p in (checkout / "notebooks").glob("pid-*")]  # noqa: E731
+    try:
+        assert within(90, begun)
+        os.killpg(running.pid, how) if how == signal.SIGINT else running.kill()  # a terminal sends Ctrl-C to all
+        assert running.wait(20) == (130 if how == signal.SIGINT else -how)
+        gone = lambda: not any(psutil.pid_exists(pid) for pid in begun())  # noqa: E731
+        assert within(20, gone) and len(begun()) == 1
+    finally:
+        running.kill()
+        for pid in begun():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    said = running.communicate(timeout=20)[1]  # ends when no process is left that holds the pipe
+    assert "Traceback" not in said and ("kafnb: stopped" in said) == (how == signal.SIGINT)
+
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
 
 
 @pytest.mark.parametrize(
