@@ -209,6 +209,31 @@ def test_what_18_says_of_vgg_is_in_the_table():
     assert (own[own.kind == "clean"].low > 0).all() and (own[own.kind == "robust"].high < 0).all() and len(own) == 4
 
 
+def test_what_is_said_of_chapter_4_trained_adversarially_is_in_the_tables():
+    text, name = " ".join(README.split()), "09_activation_distributions_scores_after_adversarial_training.csv"
+    table = pd.read_csv(home() / "figures" / "paper" / name)
+    assert set(table.seed) == {0} and set(table.n) == {1000, 10_000}
+    over = table.dropna(subset="points over ReLU").set_index(["labels", "activation"])
+    points = over["points over ReLU"].round()
+    assert (
+        points["none"][["kaf", "kaf_elu"]].tolist() == [6, 4]
+        and "KAF is six points ahead of ReLU and KAF_ELU four" in text
+    )
+    assert (
+        points["true"][["kaf_elu", "kaf", "swish"]].tolist() == [4, 2, 1] and "KAF is two ahead and Swish one" in text
+    )
+    least, p = over["low over ReLU"]["true"], over["p, corrected over ReLU"]["true"]
+    assert least.kaf_elu > 0 > least[["kaf", "swish"]].max() and p.kaf_elu < 0.01 < 0.3 < p[["kaf", "swish"]].min()
+    vgg = pd.read_csv(home() / "figures" / "paper" / "12_vgg_evaluation_scatter.csv")
+    left = vgg[vgg.metric == "PGD-50-10 (true labels)"].set_index("activation").rate
+    assert left["elu"] > left["kaf_elu"] and "in the VGGs it stood better than KAF_ELU" in text
+    digits = pd.read_csv(home() / "figures" / "quick" / name)
+    digits = digits[(digits.labels == "true") & (digits.activation == "kaf")]
+    assert digits["high over ReLU"].item() < -5 and "On digits KAF stands far behind ReLU" in text
+    for said in (text, prose("09_activation_distributions")):
+        assert "beyond the interval" in said
+
+
 def test_what_09_says_of_photographs_is_in_the_tables():
     assert "there, of the three functions of the thesis, KAF's distributions overlap least" in prose(
         "09_activation_distributions"
