@@ -136,7 +136,9 @@ def test_stopped_or_killed_it_leaves_nothing_running(checkout, how):
         content.cells[1].source = source
         nbformat.write(content, path)
     command = [sys.executable, "-m", "kafnb", "figures", "--jobs", "1"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # a background job of a shell has Ctrl-C ignored, and hands that on
+    heeds = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeds)
     begun = lambda: [int(p.name[4:]) for p in (checkout / "notebooks").glob("pid-*")]  # noqa: E731
     try:
         assert within(90, begun)
