@@ -35,7 +35,7 @@ class Profile:
     eps : float
         Radius of the L-inf ball, pixel units.
     mlp_eps : float
-        That of fully connected networks: on photographs one with ReLU learns nothing at 8/255.
+        That of fully connected networks: on photographs one with ReLU learns next to nothing at 8/255.
     epochs : dict
         Model name -> epochs.
     lr : float

@@ -2,13 +2,13 @@
 
     python tests/gpu_minutes.py --minutes 14 --data-root TREE --out FOLDER
 
-If a test fails, nothing is trained. Notebooks 14, 12, 09 and 18 say what is wanted: their cells run up to each question for
-trained networks, and ask on. First comes each one's table with seed 0, then what else 09, 12, 14 and 18 ask with it,
-then the other seeds. Networks that come along, and what is in ``results/``, are not computed again. Any moment may be the last: a
-training goes on from its last epoch the next time, and an attack is begun only if it is likely to end. FOLDER gets
-figures/benchmark/, the logs and what is new in results/, as one archive in parts of 15 MB: ``cat minutes.tar.gz.* | tar
-xz`` in a checkout, then ``python -m kafnb figures --profile paper --stored --only 12 14 18``. (09 attacks on its own:
-half an hour on a CPU for ten networks.)
+If a test fails, nothing is trained. Notebooks 14, 12, 09 and 18 say what is wanted: their cells run up to each question
+for trained networks, and ask on. First comes each one's table with seed 0, then what else 09, 12, 14 and 18 ask with
+it, then the other seeds. Networks that come along, and what is in ``results/``, are not computed again. Any moment may
+be the last: a training goes on from its last epoch the next time, and an attack is begun only if it is likely to end.
+FOLDER gets figures/benchmark/, the logs and what is new in results/, as one archive in parts of 15 MB: ``cat
+minutes.tar.gz.* | tar xz`` in a checkout, then ``python -m kafnb figures --profile paper --stored --only 12 14 18``.
+(09 attacks on its own: half an hour on a CPU for ten networks.)
 """
 
 import argparse
