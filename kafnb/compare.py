@@ -46,16 +46,13 @@ def _same_seeds(results, metric, a, b):
 def _error(d):
     """Standard error of the mean of d (seeds, images), and how many of them a 95 % interval reaches to each side.
 
-    Of several seeds two errors are added in squares, as both are drawn anew in a repetition: that of the images (from
+    Two errors are added in squares, as both are drawn anew in a repetition: that of the images (from
     their means over seeds) and that of the seeds (from their means over images). Each holds some of the rest too, so
     the sum errs on the wide side. The reach is Student's at Welch and Satterthwaite's degrees of freedom, hence wide
-    with two or three seeds that differ (and with two still somewhat short: nine in ten where seeds differ much). Of one
-    seed: the images alone, normal.
+    with two or three seeds that differ (and with two still somewhat short: nine in ten where seeds differ much).
     """
     seeds, images = d.shape
     image = d.mean(0).var(ddof=1) / images
-    if seeds == 1:
-        return np.sqrt(image), 1.96
     seed = d.mean(1).var(ddof=1) / seeds
     if image + seed == 0:
         return 0.0, 1.96
@@ -139,9 +136,10 @@ def difference(results, a, b, metric):
     Returns
     -------
     (difference, low, high) : per cent points
-        Of one seed the interval covers the choice of images; of several, that of images and seeds. It is wider than
-        if each image and seed were an observation of its own, which it is not. Where nothing differs at all, it is that
-        of half an image gained and half an image lost: an interval does not close on nothing.
+        Of one seed the interval is that of ``paired``, for the choice of images; of several it covers that of images
+        and seeds. It is wider than if each image and seed were an observation of its own, which it is not. Where
+        neither images nor seeds show any spread, it is that of half an image gained and half an image lost: an interval
+        does not close on nothing.
     """
     found = _by_seed(results, metric)
     names = [pick(tuple(found), name, "activation in these results") for name in (a, b)]
@@ -152,8 +150,11 @@ def difference(results, a, b, metric):
             f"got {a.shape[1]} and {b.shape[1]} images, {len(a)} and {len(b)} seeds"
         )
     _same_seeds(results, metric, *names)
+    if len(a) == 1:
+        return paired(b[0], a[0])
     d = 100 * (a.astype(float) - b)
-    error, reach = _error(d) if d.any() else (100 / d.shape[1], 1.96)
+    error, reach = _error(d)
+    error = error or 100 / d.shape[1]
     return d.mean(), d.mean() - reach * error, d.mean() + reach * error
 
 

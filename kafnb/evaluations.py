@@ -77,6 +77,10 @@ class Evaluation:
         pick(LOSSES, self.loss, "loss")
         if self.targeted not in (False, "all"):  # towards the labels themselves it would be no attack
             raise ValueError(f"targeted must be False or 'all', got {shown(self.targeted)}")
+        takes = ATTACKS[self.attack][1] if self.attack in ATTACKS else ()
+        for field, default in dict(loss="ce", targeted=False).items():
+            if getattr(self, field) != default and field not in takes:
+                raise ValueError(f"the attack {self.attack!r} takes no {field}: leave it out")
         if self.labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {self.labels!r}")
 

@@ -55,8 +55,8 @@ def line(activation):
 def scatter(ax, results, x, y):
     """Two accuracies of each activation, per cent; its ellipse has their 95 % intervals (``compare.rates``) as axes.
 
-    One without both is left out. Where some networks failed, those of more than half the best rates are drawn once
-    more, enlarged.
+    One without both is left out. Where some networks failed, those of more than four fifths of the best rates are
+    drawn once more, enlarged.
 
     Parameters
     ----------
@@ -70,9 +70,9 @@ def scatter(ax, results, x, y):
     means = rates.rate.unstack()[[x, y]].loc[results.activation.unique()].dropna()
     _places(ax, rates, seeds, means.index, x, y)
     ax.set(xlabel=f"{x} accuracy, %" if x == "clean" else f"{x}, %", ylabel=f"{y}, %")
-    well = means.index[(means > means.max() / 2).all(axis=1)]
+    well = means.index[(means > 0.8 * means.max()).all(axis=1)]
     if 2 < len(well) < len(means):
-        inset = ax.inset_axes([0.08, 0.36, 0.52, 0.58])
+        inset = ax.inset_axes([0.08, 0.44, 0.5, 0.5])
         _places(inset, rates, seeds, well, x, y)
         inset.tick_params(labelsize=7)
         inset.set_title("enlarged", fontsize=8)

@@ -35,6 +35,20 @@ def test_a_difference_of_nothing_is_not_known_to_be_nothing(results):
     assert compare.paired(results.correct[0], results.correct[0]) == pytest.approx((0, low, high))
 
 
+def test_a_difference_without_spread_is_not_known_without_error():
+    right, wrong = np.ones(200, bool), np.zeros(200, bool)
+    first, second = right.copy(), right.copy()
+    first[0] = second[1] = False  # in the other seed the other way round: no image and no seed differs in the mean
+    for a, b, d in (([first, second], [second, first], 0), ([right, right], [wrong, wrong], 100)):
+        rows = [
+            dict(activation=n, metric="x", seed=s, correct=c)
+            for n, seeds in (("a", a), ("b", b))
+            for s, c in enumerate(seeds)
+        ]
+        found, low, high = compare.difference(pd.DataFrame(rows), "a", "b", "x")
+        assert (found, low, high) == pytest.approx((d, d - 0.98, d + 0.98))
+
+
 def test_paired_difference_by_hand():
     first = np.repeat([True, False, True, False], [30, 40, 10, 20])
     second = np.repeat([True, False, False, True], [30, 40, 10, 20])
@@ -66,7 +80,8 @@ def test_difference_is_paired(results):
 def test_same_seeds_twice_are_one(results):
     """A copy of a network tells nothing new: neither interval may shrink."""
     one = results[results.seed == 0]
-    assert compare.difference(results, "a", "b", "x") == pytest.approx(compare.difference(one, "a", "b", "x"), rel=0.01)
+    assert compare.difference(results, "a", "b", "x") == pytest.approx(compare.difference(one, "a", "b", "x"), rel=0.02)
+    assert compare.difference(one, "a", "b", "x") == compare.paired(one.correct[4], one.correct[0])
     both, single = (compare.rates(t).set_index(["activation", "metric"]) for t in (results, one))
     assert np.allclose(both.high - both.low, single.high - single.low, rtol=0.01)
 

@@ -196,7 +196,12 @@ def test_generalisation_gap_by_hand():
     assert table.loc["clean", ["training", "test", "gap"]].tolist() == [75, 50, 25]
     assert table.loc["attacked", ["training", "test"]].tolist() == [0, 0]
     assert table.loc["clean", ["n_training", "n_test"]].tolist() == [4, 2]
-    half = 100 * norm.ppf(0.975) * (0.75 * 0.25 / 4 + 0.5 * 0.5 / 2) ** 0.5
-    assert table.loc["clean", ["low", "high"]].tolist() == pytest.approx([25 - half, 25 + half], rel=1e-4)
+    (three, none), (one, still) = (  # Wilson's intervals, from his formula
+        [(r + z**2 / (2 * n) + s * z * (r * (1 - r) / n + z**2 / (4 * n**2)) ** 0.5) / (1 + z**2 / n) for s in (-1, 1)]
+        for z, r, n in ((norm.ppf(0.975), 0.75, 4), (norm.ppf(0.975), 0.5, 2))
+    )
+    ends = [25 - 100 * np.hypot(0.75 - three, still - 0.5), 25 + 100 * np.hypot(none - 0.75, 0.5 - one)]
+    assert table.loc["clean", ["low", "high"]].tolist() == pytest.approx(ends, rel=1e-4)
+    assert table.loc["attacked", "low"] < -10 and table.loc["attacked", "high"] > 10  # nothing of four, nothing of two
     with pytest.raises(TypeError, match="data must be a Data"):
         evaluate.generalisation_gap(model, data.test(), invert, n=2)

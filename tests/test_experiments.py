@@ -283,8 +283,13 @@ def test_evaluations_by_every_attack_and_unchanged_keys(store):
     # frozen: what was stored before attacks were added is still found
     assert key_of(Evaluation("pgd", eps=0.1, step_size=0.025, steps=10, restarts=2, n=360)) == "17e72f847f"
     assert key_of(Evaluation()) == "44136fa355"
-    names = [Evaluation(a, loss=loss).name for a in evaluations.ATTACKS for loss in ("ce", "margin")]
-    assert len(set(names)) == len(names) and Evaluation("square", queries=7).name == "Square-7 (true labels)"
+    takes = {a: options for a, (_, options) in evaluations.ATTACKS.items()}
+    names = [Evaluation(a).name for a in takes]
+    names += [Evaluation(a, loss="margin").name for a in takes if "loss" in takes[a]]
+    names += [Evaluation(a, targeted="all").name for a in takes if "targeted" in takes[a]]
+    assert (
+        len(set(names)) == len(names) > len(takes) and Evaluation("square", queries=7).name == "Square-7 (true labels)"
+    )
     measured = [
         Evaluation(a, eps=0.1, steps=2, n=20)
         for a in ("fgsm", "pgd", "neighbours", "double", "kaf_tails", "kaf_annealed")
@@ -293,6 +298,9 @@ def test_evaluations_by_every_attack_and_unchanged_keys(store):
     assert (table.rate.iloc[1:] <= table.correct[0][:20].mean()).all() and len(table) == 7
     with pytest.raises(ValueError, match="did you mean 'square'"):
         Evaluation("sqare")
+    for said in (dict(loss="dlr"), dict(targeted="all")):  # it would bear the name of an attack that it is not
+        with pytest.raises(ValueError, match=f"the attack 'fgsm' takes no {next(iter(said))}: leave it out"):
+            Evaluation("fgsm", **said)
 
 
 def test_what_another_process_is_at_is_not_waited_for(store):

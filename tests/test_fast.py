@@ -117,6 +117,52 @@ def test_the_unknown_is_left_alone():
         assert twin(model) is model
 
 
+def altered(change, block):
+    """A ResNet8 with something in its blocks that the package never puts there."""
+    net = trained_like(models.resnet(8, block=block, in_channels=1, image_size=8))
+    for part in [m for m in net.modules() if type(m) is models.BLOCKS[block]]:
+        change(part)
+    return net.eval()
+
+
+def _circular(block):
+    block.conv1.padding_mode = block.conv2.padding_mode = "circular"
+    block.conv2._reversed_padding_repeated_twice = block.conv1._reversed_padding_repeated_twice = [1] * 4
+
+
+def _biased(block):
+    if isinstance(block.skip, nn.Conv2d):
+        block.skip.bias = nn.Parameter(torch.ones(block.skip.out_channels))
+
+
+def _put(**parts):
+    return lambda block: [setattr(block, name, make(block.conv2.out_channels)) for name, make in parts.items()]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _circular,
+        _put(conv2=lambda c: nn.Conv2d(c, c, 3, padding="same")),
+        _put(conv2=lambda c: nn.Conv2d(c, c, 3, padding=1, groups=2)),
+        _put(conv2=lambda c: nn.Conv2d(c, c, 3, padding=2, dilation=2)),
+        _put(bn2=lambda c: nn.GroupNorm(2, c)),
+        _put(bn1=lambda c: nn.Identity()),
+        _put(bn2=lambda c: nn.BatchNorm2d(c, track_running_stats=False)),
+        lambda block: setattr(block, "skip", nn.Sequential(block.skip)),
+        _biased,
+    ],
+)
+@pytest.mark.parametrize("block", ["thesis", "he"])
+def test_blocks_with_other_parts_stay_as_they_are(change, block):
+    torch.manual_seed(0)
+    model = altered(change, block)
+    x, y = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
+    torch.testing.assert_close(twin(model)(x), model(x), rtol=1e-4, atol=1e-4)
+    gradients = [attacks.input_gradient(m, x, y) for m in (twin(model), model)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item())
+
+
 def test_pgd_with_and_without_it():
     torch.manual_seed(0)
     model = trained_like(models.resnet(8, activation="swish", in_channels=1, image_size=8))

@@ -128,8 +128,8 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
     values["Square beats white box"] = beyond(square, eps=eps, queries=queries)
     large = dict(eps=0.5, steps=5 * steps, step_size=0.05, early_stop=True)
     values["large eps"] = float(stands((x, y), pgd, **large).mean())
-    values["more steps help"] = beyond(pgd, steps=5 * steps, **options)
-    values["more restarts help"] = beyond(pgd, steps=steps, restarts=5, **options)
+    values["more steps help"] = beyond(pgd, steps=5 * steps, seed=seed + 1, **options)
+    values["more restarts help"] = beyond(pgd, steps=steps, restarts=5, seed=seed + 2, **options)
     counted = {k: right for k in ("images without gradient", "gradient against differences")}
     rows = [(k, v, _limit(k, counted.get(k, len(x)))) for k, v in values.items()]
     return pd.DataFrame(

@@ -15,7 +15,7 @@ import platform
 import torch
 from torch import nn
 
-from ..models import HeBlock, PreactBlock, ThesisBlock, any_layout
+from ..models import HeBlock, PreactBlock, ThesisBlock, _PadShortcut, any_layout
 
 KNOWN = ("torch.nn.modules", "kafnb.models", "kafnb.kaf", "kafnb.kwta", "kafnb.parametric", "kafnb.attacks.fast")
 
@@ -82,10 +82,27 @@ def _unscale(blocks):
             _scaled(block.conv2, 1 / c.flatten(), torch.zeros_like(c.flatten()))
 
 
+def _as_built(block):
+    """True of a residual block whose parts are of the kinds that ``models`` gives it: no other is folded."""
+    convs, skip = [block.conv1, block.conv2], block.skip
+    if type(skip) is nn.Conv2d and skip.bias is None:
+        convs.append(skip)
+    elif type(skip) not in (nn.Identity, _PadShortcut):
+        return False
+    norms = all(type(n) is nn.BatchNorm2d and n.running_var is not None for n in (block.bn1, block.bn2))
+    return norms and all(type(c) is nn.Conv2d and _simple(c) for c in convs)
+
+
+def _simple(conv):
+    """True of a convolution of one group over zeros, whose gradient ``_packed`` can take."""
+    inside = not isinstance(conv.padding, str) and all(map(int.__lt__, conv.padding, conv.kernel_size))
+    return inside and conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+
+
 def _fold(module):
     """Fold, in place, what is known to stand behind a convolution: in a Sequential, and in the blocks of ``models``."""
     for name, child in module.named_children():
-        if type(child) in (ThesisBlock, HeBlock):
+        if type(child) in (ThesisBlock, HeBlock) and _as_built(child):
             setattr(module, name, _Residual(child))
         else:
             _fold(child)

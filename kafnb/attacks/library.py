@@ -95,7 +95,7 @@ def autoattack(model, x, y, *, eps, norm="linf", attacks=AUTOATTACK):
 
 
 def apgd(model, x, y, *, eps, norm="linf"):
-    """AutoAttack's first two parts: APGD on the cross-entropy, then towards every other class."""
+    """AutoAttack's first two parts: APGD on the cross-entropy, then towards the 9 likeliest other classes (L1: 5)."""
     return autoattack(model, x, y, eps=eps, norm=norm, attacks=AUTOATTACK[:2])
 
 

@@ -29,12 +29,12 @@ def _smooth_length(t, gamma):
 
 
 def _matern32(t, gamma):
-    s = math.sqrt(3) * _smooth_length(t, gamma)
+    s = math.sqrt(3) * _smooth_length(t, gamma).clamp_max(800)  # beyond, the exponential is 0 in any type
     return (1 + s) * torch.exp(-s)
 
 
 def _matern52(t, gamma):
-    s = math.sqrt(5) * _smooth_length(t, gamma).clamp_max(800)  # beyond, the exponential is 0 in any type
+    s = math.sqrt(5) * _smooth_length(t, gamma).clamp_max(800)
     return (1 + s + s * s / 3) * torch.exp(-s)
 
 
