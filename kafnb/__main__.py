@@ -1,4 +1,4 @@
-"""Command line: ``python -m kafnb figures --profile quick``."""
+"""Run the notebooks of the companion to a thesis on kernel activation functions, and draw their figures."""
 
 import sys
 
@@ -20,7 +20,12 @@ def _parser():
     parser = _Parser(prog="python -m kafnb", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     figures = commands.add_parser("figures", help="run the notebooks and write their figures")
-    figures.add_argument("--profile", default="quick", choices=("quick", "small", "paper"), help="see README")
+    figures.add_argument(
+        "--profile",
+        default="quick",
+        choices=("quick", "small", "paper"),
+        help="digits in minutes, CIFAR-10 reduced for a CPU, or at the thesis' size for a GPU",
+    )
     figures.add_argument("--only", nargs="+", default=(), metavar="NN", help="numbers or names of notebooks")
     figures.add_argument("--seed", type=int, default=0, help="of training and attacks")
     figures.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -37,8 +42,9 @@ def _parser():
 def main(argv=None):
     args = _parser().parse_args(argv)
     from . import dryrun, summary
-    from .notebooks import keep_outputs, run_notebooks
-    from .profiles import resolve_device
+    from .data import load_data
+    from .notebooks import keep_outputs, run_notebooks, select
+    from .profiles import PROFILES, resolve_data, resolve_device
 
     try:
         if args.keep and (args.profile != "quick" or args.dry_run):
@@ -58,6 +64,10 @@ def main(argv=None):
         if args.dry_run:
             args.data_root = dryrun.prepare()
             args.device = resolve_device(args.device)
+        elif args.profile != "quick" and not args.stored:  # once and at once, not in every notebook
+            select(args.only)
+            resolve_device(args.device, PROFILES[args.profile].needs_gpu)
+            load_data(resolve_data(PROFILES[args.profile], args.data_root), args.data_root)
         outcomes = run_notebooks(
             args.profile, args.only, args.seed, args.device, args.data_root, args.jobs, args.engine, args.address,
             args.stored,

@@ -92,7 +92,8 @@ def instance(value, kind, name, hint=""):
     """``value`` if it is of the type, or the union of types, ``kind``."""
     if not isinstance(value, kind):
         kinds = " or ".join(k.__name__ for k in typing.get_args(kind) or (kind,))
-        raise TypeError(f"{name} must be a {kinds}{hint}, got {shown(value)}")
+        article = "an" if kinds[0] in "AEIOUaeiou" else "a"
+        raise TypeError(f"{name} must be {article} {kinds}{hint}, got {shown(value)}")
     return value
 
 

@@ -11,6 +11,8 @@ from .checks import instance, pick, shown
 
 def _check(results, metric=None):
     instance(results, pd.DataFrame, "results", " as kafnb.run returns it")
+    if results.empty:
+        raise ValueError("results must be a table as kafnb.run returns it, with a row at least")
     if missing := [c for c in ("activation", "metric", "correct") if c not in results]:
         raise ValueError(f"results must be a table as kafnb.run returns it: no column {missing[0]}")
     if metric is not None and metric not in set(results.metric):

@@ -183,11 +183,26 @@ def run(
 def load(experiment, *, data_root=None, device="cpu", progress=False, store=None):
     """The trained model of an experiment, in eval mode; trained first if the store has none.
 
-    A name in place of the experiment is that of a network that comes with the package: ``pretrained.names()``.
+    Parameters
+    ----------
+    experiment : Experiment or str
+        A name is that of a network that comes with the package: one of ``kafnb.pretrained.names()``.
+    data_root, device, progress, store
+        As for ``run``.
+
+    Returns
+    -------
+    torch.nn.Module
+        Images (N, C, H, W) in [0, 1] to logits (N, classes).
+
+    Raises
+    ------
+    ValueError, TypeError
+        No such network; data, a device or a name that there is not; a damaged file of the package.
     """
     if isinstance(experiment, str):
         return pretrained.load(experiment, device_of(_found(device)))
-    _check(experiment)
+    _check(instance(experiment, Experiment, "experiment", " or a name of kafnb.pretrained.names()"))
     device, data = device_of(_found(device)), load_data(experiment.data, data_root)
     folder = Folder(Path(store or default_store()) / experiment.name)
     with folder.lock():
@@ -207,7 +222,11 @@ def computed_on(experiment, evaluations=(), *, store=None):
 
 
 def history(experiment, *, store=None):
-    """The training history of a stored experiment, a row an epoch."""
+    """The training history of a stored experiment: a DataFrame, a row an epoch, of epoch, loss, accuracy, lr and times.
+
+    Loss and accuracy are those on the training images as the method saw them; ``seconds`` and ``cpu_seconds`` are of
+    the whole epoch. FileNotFoundError if the store has no such experiment.
+    """
     folder = Folder(Path(store or default_store()) / _check(experiment).name)
     if not folder.path.is_dir():
         raise FileNotFoundError(f"{experiment.name} is not in the store {folder.path.parent}: run it first")

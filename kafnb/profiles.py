@@ -140,7 +140,7 @@ def resolve_device(device, needs_gpu=False):
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
     there = torch.cuda.is_available()
     if ((needs_gpu and device != "cpu") or str(device).startswith("cuda")) and not there:
-        hint = "; profile 'quick' runs on a CPU, or say device='cpu' and wait for days" if needs_gpu else ""
+        hint = "; profile 'quick' runs on a CPU, or take device 'cpu' and wait for days" if needs_gpu else ""
         raise ValueError(f"no CUDA device found{hint}")
     return ("cuda" if there else "cpu") if device == "auto" else device
 

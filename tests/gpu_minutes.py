@@ -176,6 +176,8 @@ def main():
     parser.add_argument("--workers", type=int, default=6, help="networks at a time")
     parser.add_argument("--dry-run", action="store_true", help="the same on few images, on a CPU, in runs/dry/")
     args = parser.parse_args()
+    if args.data_root and not Path(args.data_root).is_dir():
+        parser.error(f"--data-root: no folder {args.data_root}")
     end = time.time() + 60 * args.minutes - (2 if args.dry_run else 15)  # to pack
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # of ``timeout``: stop, and pack what is there
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "KAFNB_PROGRESS": "0"}

@@ -164,7 +164,7 @@ def test_inference_mode_gets_one_line(net, images):
 @pytest.mark.parametrize(
     "change",
     [dict(eps=-0.1), dict(eps=float("nan")), dict(norm="l0"), dict(steps=0), dict(restarts=0),
-     dict(restarts=2, random_start=False)],
+     dict(restarts=2, random_start=False), dict(targeted=torch.tensor([True, False]))],
 )  # fmt: skip
 def test_bad_options_get_one_line(net, images, change):
     with pytest.raises(ValueError) as error:
@@ -186,6 +186,8 @@ def test_bad_images_and_labels_get_one_line(net, images):
         with pytest.raises(ValueError) as error:
             attacks.fgsm(net, *bad, eps=0.1)
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"below the 10 classes"):
+        attacks.input_gradient(net, x, y + 99)
 
 
 # --- losses, targets, schedules, early stop ----------------------------------------------------------------------

@@ -120,6 +120,19 @@ def test_runner_goes_on_after_a_failure_and_names_the_cell(checkout, capfd):
     assert list(manifest["notebooks"]) == ["02_good"]
 
 
+def test_data_that_are_not_there_are_missed_before_any_notebook_runs(checkout, capfd, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", offline)
+    assert __main__.main(["figures", "--profile", "small", "--device", "cpu"]) == 2
+    out, err = capfd.readouterr()
+    assert (
+        "could not be downloaded (no route to host): put cifar-10-python.tar.gz there" in err and "\n" not in err[:-1]
+    )
+    assert out == "" and not (checkout / "runs").exists()
+
+
 def test_keep_stores_outputs_and_nothing_of_papermill(checkout):
     assert __main__.main(["figures", "--only", "2", "--keep"]) == 0
     kept = nbformat.read(checkout / "notebooks" / "02_good.ipynb", 4)

@@ -72,7 +72,7 @@ def pgd(
     checks.number(step_size, "step_size", low=0, optional=True)
     if restarts > 1 and not random_start:
         raise ValueError("restarts > 1 without random_start would repeat the same attack")
-    if targeted not in (False, True, "all"):
+    if isinstance(targeted, torch.Tensor) or targeted not in (False, True, "all"):
         raise ValueError(f"targeted must be False, True or 'all', got {checks.shown(targeted)}")
     x, targeted = x.detach(), targeted if targeted == "all" else bool(targeted)
     sign, raised = (-1 if targeted is True else 1), _within(checks.pick(LOSSES, loss, "loss"))

@@ -84,6 +84,8 @@ def autoattack(model, x, y, *, eps, norm="linf", attacks=AUTOATTACK):
     instance(attacks, list | tuple, "attacks")
     if not attacks or not all(isinstance(a, str) for a in attacks) or not set(attacks) <= set(AUTOATTACK):
         raise ValueError(f"attacks must be some of {AUTOATTACK}, got {attacks!r}")
+    if len(x) == 0:
+        return x.clone()
     with _lent(model) as net:
         if (classes := _classes(net, x, y)) < 4:
             raise ValueError(f"AutoAttack's targeted losses need at least 4 classes, got {classes}")
