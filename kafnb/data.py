@@ -30,6 +30,12 @@ class Data:
     x_train, x_test : uint8 Tensor, shape (N, C, H, W)
     y_train, y_test : int64 Tensor, shape (N,)
     classes : tuple of str
+
+    Raises
+    ------
+    ValueError, TypeError
+        Images or labels of another type or shape, or none; a label that is no class; training and test images of
+        different channels or size; fewer than two classes.
     """
 
     name: str

@@ -46,6 +46,12 @@ class Evaluation:
         See ``kafnb.attacks.pgd``.
     queries : int
         Of the Square attack.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An unknown attack, norm, loss, ``labels`` or ``targeted``; a number of another type or out of range, eps > 1 in
+        L-inf too; ``loss`` or ``targeted`` for an attack that takes none.
     """
 
     attack: str = "none"

@@ -37,6 +37,12 @@ class Experiment:
         Of initialisation and training.
     options : tuple of (name, value)
         Further arguments of the model, e.g. (("block", "he"),). A dict is accepted and sorted.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A field of another type; a seed out of range; a model or activation that cannot be part of a file's name.
+        Unknown names are not found here, but by ``kafnb.run`` and ``kafnb.load``.
     """
 
     data: str = "digits"

@@ -42,6 +42,13 @@ class KWTA(nn.Module):
     Shape
     -----
     (N, *) -> same. Values equal to the k-th largest are all kept.
+
+    Raises
+    ------
+    ValueError, TypeError
+        ``ratio`` out of range, or no number; one that is set later is not checked.
+    IndexError
+        For an input of fewer than two dimensions.
     """
 
     def __init__(self, ratio):

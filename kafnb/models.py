@@ -45,7 +45,11 @@ def _conv_act(cin, cout, act):
 
 
 def mlp(activation="relu", in_channels=1, image_size=8, num_classes=10, hidden=(128, 64)):
-    """Fully connected network on flattened images, ``hidden`` units a layer."""
+    """Fully connected network on flattened images, ``hidden`` units a layer.
+
+    Images (N, in_channels, image_size, image_size) in [0, 1] -> logits (N, num_classes). Each hidden layer is dense,
+    with the activation behind it, one channel a unit. ``l2`` is 0.
+    """
     _sizes(in_channels, image_size, num_classes)
     hidden = [count(h, "units in hidden") for h in instance(hidden, list | tuple, "hidden")]
     act, sizes = _factory(activation), (in_channels * image_size**2, *hidden)
@@ -58,7 +62,11 @@ def mlp(activation="relu", in_channels=1, image_size=8, num_classes=10, hidden=(
 
 
 def textbook_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10, filters=(16, 32), dropout=0.0):
-    """Convolution, activation and pooling by turns, then flatten and two dense layers (section 2.1.4)."""
+    """Convolution, activation and pooling by turns, then flatten and two dense layers (section 2.1.4).
+
+    Images and logits as for ``mlp``; each of ``filters`` is one convolution, and its pooling halves the image, rounded
+    down. ``dropout``: the rate before the last layer, in [0, 1]. ``l2`` is 0.
+    """
     filters = [count(f, "filters") for f in instance(filters, list | tuple, "filters")]
     _sizes(in_channels, image_size, num_classes, halved=len(filters))
     number(dropout, "dropout", low=0, high=1)
@@ -74,7 +82,10 @@ def textbook_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10
 
 
 def light_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10):
-    """The small CNN of the thesis' chapter 4: two blocks of 32 and 64 filters, global average pooling, dense 128."""
+    """The small CNN of the thesis' chapter 4: two blocks of 32 and 64 filters, global average pooling, dense 128.
+
+    Images and logits as for ``mlp``, but of any height and width from 4 pixels on. ``l2`` is on the dense layers.
+    """
     _sizes(in_channels, image_size, num_classes, halved=2)
     act = _factory(activation)
     model = nn.Sequential(
@@ -89,7 +100,11 @@ def light_cnn(activation="relu", in_channels=3, image_size=32, num_classes=10):
 
 
 def vgg(activation="relu", in_channels=3, image_size=32, num_classes=10):
-    """The VGG-inspired network of section 5.1: blocks of 32, 64 and 128 filters, then dense 128."""
+    """The VGG-inspired network of section 5.1: blocks of 32, 64 and 128 filters, then dense 128.
+
+    Images and logits as for ``mlp``, from 8 pixels on; each block halves the image, rounded down. ``l2`` as
+    for ``light_cnn``.
+    """
     _sizes(in_channels, image_size, num_classes, halved=3)
     act, layers, cin = _factory(activation), [], in_channels
     for filters, rate in ((32, 0.2), (64, 0.25), (128, 0.3)):
@@ -249,7 +264,10 @@ def any_layout(model):
 
 
 def maker(name):
-    """The function that makes the model of this name."""
+    """The function that makes the model of this name, "resnetD" with any D = 6n + 2 below 10,000 among them.
+
+    It takes the arguments of ``mlp`` but ``hidden``, by name, and any of its own. ValueError for an unknown name.
+    """
     makers = {"mlp": mlp, "textbook_cnn": textbook_cnn, "light_cnn": light_cnn, "vgg": vgg}
     if isinstance(name, str) and re.fullmatch(r"resnet[1-9]\d{0,3}", name, re.ASCII):
         resnet_blocks(int(name[6:]))
@@ -258,7 +276,10 @@ def maker(name):
 
 
 def build(name, activation, data, **options):
-    """A model by name ("mlp", "textbook_cnn", "vgg", "resnet20", ...) with the shape and classes of ``data``."""
+    """A model by name ("mlp", "textbook_cnn", "vgg", "resnet20", ...) with the shape and classes of ``data``.
+
+    ``options`` are further arguments of its maker, e.g. block="he"; ValueError for a name or option that is unknown.
+    """
     shape = dict(in_channels=data.in_channels, image_size=data.image_size, num_classes=data.num_classes)
     make = maker(name)
     known = inspect.signature(make).parameters

@@ -162,11 +162,19 @@ class Session:
     notebook : str
         Its file name without suffix; figures are named after it.
     profile, seed, device, data_root
-        The notebook's parameters.
+        The notebook's parameters. The data are loaded at their first use, see ``kafnb.load_data``.
 
     The environment's KAFNB_ENGINE and KAFNB_ADDRESS (set by ``python -m kafnb figures --engine ray --address ...``) say
     where models train, see ``kafnb.run``; with "ray" the GPU may be the cluster's alone. With KAFNB_STORED=1
     (``--stored``) nothing is trained or attacked: ``stored`` is True, and tables have what is in the store.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An unknown profile or engine; a device that ``resolve_device`` refuses; a seed that is no whole number or out of
+        range; a notebook that cannot be part of a file's name; ``data_root`` with "quick".
+    ModuleNotFoundError
+        Engine "ray", and Ray is not installed.
     """
 
     def __init__(self, notebook, profile="quick", seed=0, device="auto", data_root=None):

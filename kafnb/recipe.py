@@ -49,6 +49,12 @@ class Recipe:
     kwta_start : float, optional
         Ratio that k-WTA layers have for the first 40 % of training; then it falls in steps of about 0.01 to each
         layer's own. With 50 epochs, 0.30 and layers of 0.15: 20 epochs, then a step every 2, as the thesis trains.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An unknown name; a number of another type or out of range, eps > 1 too; ``lr`` that is not (low, high) with
+        0 <= low <= high.
     """
 
     method: str = "standard"

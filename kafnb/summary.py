@@ -41,6 +41,11 @@ def scores(table, said):
     return pd.DataFrame(rows)
 
 
+def _radius(eps):
+    """In 255ths where it is a whole number of them."""
+    return f"eps {255 * eps:.0f}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else f"eps {eps:g}"
+
+
 def poor(table, compared):
     """A line on the networks that hardly trained, empty without; ``compared`` says whether 18 has their comparisons."""
     clean = table[table.labels == "none"].groupby("activation", sort=False).rate.mean()
@@ -73,20 +78,22 @@ def results(profile):
     for title, model, name, said in TABLES:
         table = pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").exists() else None
         if table is not None and table.metric.str.startswith("PGD").any():  # of a part of the store there may be none
-            attack, n = table[table.metric.str.startswith("PGD")].iloc[0][["metric", "n"]]
+            attack, n, eps = table[table.metric.str.startswith("PGD")].iloc[0][["metric", "n", "eps"]]
             data = drawn.get(name, {}).get("data", table.data.iloc[0]).removeprefix("folder:")
             size = f"{data}, n = {table[table.labels == 'none'].n.iloc[0]}, attacked {n}"
             runs = sorted(set(table.groupby("activation").seed.nunique()))
             seeds = f"{' or '.join(map(str, runs))} seed{'s' * (runs[-1] > 1)}"
             block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
             epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {thesis.EPOCHS[model]})"
-            head = f"{title}, {epochs}, {block}{attack.split(' (')[0]}, {size}, {seeds}"
+            head = f"{title}, {epochs}, {block}{attack.split(' (')[0]} at {_radius(eps)}, {size}, {seeds}"
             compared = claims.model.str.startswith(model).any()
             parts.append(f"{head}:\n\n{_markdown(scores(table, said))}{poor(table, compared)}")
     if (folder / "14_resnet20_evaluation_race.csv").exists():
         table = pd.read_csv(folder / "14_resnet20_evaluation_race.csv")
-        parts.append(f"Tuned alike (14): rates chosen on held-out training images.\n\n{_markdown(race(table))}")
-    if len(claims):
+        data, first = drawn["14_resnet20_evaluation_race"]["data"].removeprefix("folder:"), table.iloc[0]
+        head = f"Tuned alike, {first.model}, FGSM-RS (14), rates chosen on held-out training images, {_radius(first.eps)}, "
+        parts.append(f"{head}{data}, n = {first.n}, {first.seeds} seeds:\n\n{_markdown(race(table))}")
+    if len(claims) and profile != "quick":  # digits decide nothing on CIFAR-10
         words = ", ".join(f"{verdict} {n}" for verdict, n in claims.verdict.value_counts().items())
         parts.append(
             f"Of {len(claims)} differences between activations in the thesis that are compared here (18): {words}.\n"

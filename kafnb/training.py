@@ -59,8 +59,17 @@ def fit(
 
     Parameters
     ----------
+    model : Module
+        (N, C, H, W) images in [0, 1] -> logits, one for each class of ``data``. Left on ``device``, in eval mode.
     data : Data
     recipe : Recipe
+    seed : int
+        Of all that is drawn in training: batches, augmentation, dropout, perturbations. The initial weights are those
+        that the model has.
+    device : str
+        "cpu", "cuda" or "cuda:N"; the model and all training images are moved there.
+    progress : bool
+        Show a bar, one step an epoch.
     resume : dict, optional
         A state that ``save`` was given.
     save : callable, optional
@@ -75,6 +84,13 @@ def fit(
         clean, pgd where the recipe tracks them, watch_fgsm, watch_pgd where it watches, gradient norms where it
         monitors. If a loss, or under ``monitor`` a gradient, is not finite, training stops with a warning: the weights
         are those of the last good epoch and the last row's loss is NaN.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Model, data, recipe or seed of another type; a seed out of range; a device that is not there; a model that
+        cannot take the images, or that the method ("interval", "lipschitz") knows no bound of; ``resume`` that is no
+        state of this model; a single training image; a call inside ``torch.inference_mode``.
     """
     _check(model, data, recipe, seed, device)
     x, y = _to(model, data, device)

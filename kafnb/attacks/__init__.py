@@ -64,6 +64,13 @@ def pgd(
     Tensor, same shape as x
         Of each image the first restart that succeeded, else the one with the highest loss.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Images that are not float in [0, 1], or that the model cannot take; labels that are not int64, one an image,
+        each a class; unknown names; a number of another type or out of range, eps > 1 in L-inf too; restarts without
+        ``random_start``; fewer than 3 classes for "dlr", 4 with "all"; a call inside ``torch.inference_mode``.
+
     Source: Madry et al., ICLR 2018, arXiv:1706.06083.
     """
     _check(model, x, y, eps, norm)
@@ -152,5 +159,11 @@ def _rounds(model, x, y, restarts, targeted):
 
 
 def fgsm(model, x, y, *, eps, norm="linf", targeted=False):
-    """Fast gradient sign method: one step of size eps from x itself. Source: Goodfellow et al., arXiv:1412.6572."""
+    """Fast gradient sign method: one step of size eps from x itself.
+
+    Arguments, result and errors as for ``pgd``: images (N, C, H, W) in [0, 1], int64 labels (N,) and eps in pixel units
+    -> images of the same shape in [0, 1]. In L2 and L1 the step is not the sign but that of ``steepest``.
+
+    Source: Goodfellow et al., arXiv:1412.6572.
+    """
     return pgd(model, x, y, eps=eps, step_size=eps, steps=1, norm=norm, targeted=targeted, random_start=False)
