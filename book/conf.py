@@ -46,8 +46,13 @@ nitpick_ignore_regex = [("py:(class|exc)", ".*")]  # types in docstrings are wor
 
 
 def _escape(app, what, name, obj, options, lines):
-    """Docstrings are written to be read in the source: |f'(x)|, (N, C, *). Escape what is no markup in them."""
+    """Docstrings are written to be read in the source: |f'(x)|, (N, C, *). Escape what is no markup in them.
+
+    A source named at the end is no part of the section above it.
+    """
     formula = False
+    for i in [i for i, line in enumerate(lines) if line.startswith("Source") and i and not lines[i - 1]][::-1]:
+        lines[i:i] = ["References", "----------"]
     for i, line in enumerate(lines):
         formula = line.lstrip().startswith(".. math::") or (formula and (not line.strip() or line.startswith(" ")))
         if not formula:

@@ -48,8 +48,10 @@ def radius(eps, norm=None):
     """Of a ball around an image."""
     if isinstance(eps, str) or eps is None:
         raise TypeError(f"eps must be a number, in pixel units of [0, 1], got {shown(eps)}")
-    if norm == "linf" and isinstance(eps, numbers.Real) and 1 < eps < math.inf:
-        raise ValueError(f"eps must be at most 1, in pixel units of [0, 1], got {eps:g}: did you mean {eps:g} / 255?")
+    if norm == "linf" and (isinstance(eps, numbers.Real) or _scalar(eps)) and 1 < eps < math.inf:
+        raise ValueError(
+            f"eps must be at most 1, in pixel units of [0, 1], got {float(eps):g}: did you mean {float(eps):g} / 255?"
+        )
     return number(eps, "eps", low=0, unit=", in pixel units of [0, 1]")
 
 

@@ -81,7 +81,10 @@ class Evaluation:
         if not (norm != self.norm and self.eps == float("inf")):  # no limit
             object.__setattr__(self, "eps", radius(self.eps, norm))
         pick(LOSSES, self.loss, "loss")
-        if self.targeted not in (False, "all"):  # towards the labels themselves it would be no attack
+        if not isinstance(self.targeted, bool | str) or self.targeted not in (
+            False,
+            "all",
+        ):  # towards the labels themselves it would be no attack
             raise ValueError(f"targeted must be False or 'all', got {shown(self.targeted)}")
         takes = ATTACKS[self.attack][1] if self.attack in ATTACKS else ()
         for field, default in dict(loss="ce", targeted=False).items():

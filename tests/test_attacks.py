@@ -316,6 +316,7 @@ def test_an_l1_step_uses_its_length_on_small_images(net, images):
     "call",
     [
         lambda net, x, y: attacks.pgd(net, x, y, eps=8),
+        lambda net, x, y: attacks.pgd(net, x, y, eps=torch.tensor(8.0)),
         lambda net, x, y: Recipe(eps=8),
         lambda net, x, y: Evaluation("pgd", eps=8),
     ],
