@@ -91,8 +91,9 @@ def results(profile):
     if (folder / "14_resnet20_evaluation_race.csv").exists():
         table = pd.read_csv(folder / "14_resnet20_evaluation_race.csv")
         data, first = drawn["14_resnet20_evaluation_race"]["data"].removeprefix("folder:"), table.iloc[0]
-        head = f"Tuned alike, {first.model}, FGSM-RS (14), rates chosen on held-out training images, {_radius(first.eps)}, "
-        parts.append(f"{head}{data}, n = {first.n}, {first.seeds} seeds:\n\n{_markdown(race(table))}")
+        size = f"{_radius(first.eps)}, {data}, n = {first.n}, {first.seeds} seeds"
+        head = f"Tuned alike, {first.model}, FGSM-RS (14), rates chosen on held-out training images, {size}"
+        parts.append(f"{head}:\n\n{_markdown(race(table))}")
     if len(claims) and profile != "quick":  # digits decide nothing on CIFAR-10
         words = ", ".join(f"{verdict} {n}" for verdict, n in claims.verdict.value_counts().items())
         parts.append(
