@@ -78,14 +78,19 @@ def results(profile):
     for title, model, name, said in TABLES:
         table = pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").exists() else None
         if table is not None and table.metric.str.startswith("PGD").any():  # of a part of the store there may be none
-            attack, n, eps = table[table.metric.str.startswith("PGD")].iloc[0][["metric", "n", "eps"]]
+            first = table[table.metric.str.startswith("PGD")].iloc[0]
+            attack, n, where = (
+                first.metric.split(" (")[0],
+                first.n,
+                f" at {_radius(first.eps)}" if "eps" in first else "",
+            )
             data = drawn.get(name, {}).get("data", table.data.iloc[0]).removeprefix("folder:")
             size = f"{data}, n = {table[table.labels == 'none'].n.iloc[0]}, attacked {n}"
             runs = sorted(set(table.groupby("activation").seed.nunique()))
             seeds = f"{' or '.join(map(str, runs))} seed{'s' * (runs[-1] > 1)}"
             block = "He's block, " * ("block" in table and table.block.iloc[0] == "he")
             epochs = f"{PROFILES[profile].epochs[model]} epochs (thesis {thesis.EPOCHS[model]})"
-            head = f"{title}, {epochs}, {block}{attack.split(' (')[0]} at {_radius(eps)}, {size}, {seeds}"
+            head = f"{title}, {epochs}, {block}{attack}{where}, {size}, {seeds}"
             compared = claims.model.str.startswith(model).any()
             parts.append(f"{head}:\n\n{_markdown(scores(table, said))}{poor(table, compared)}")
     if (folder / "14_resnet20_evaluation_race.csv").exists():
