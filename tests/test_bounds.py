@@ -14,8 +14,8 @@ from kafnb.certify import bounds, crown, curves
 from kafnb.models import _PadShortcut
 
 ELEMENTWISE = {
-    "relu": nn.ReLU(), "leaky": nn.LeakyReLU(0.2), "elu": nn.ELU(), "elu2": nn.ELU(2.0), "softplus": nn.Softplus(beta=3),
-    "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "swish": nn.SiLU(), "gelu": nn.GELU(), "prelu": nn.PReLU(4, -0.5),
+    "relu": nn.ReLU(), "leaky": nn.LeakyReLU(0.2), "elu": nn.ELU(), "elu2": nn.ELU(2.0),
+    "celu2": nn.CELU(2.0), "softplus": nn.Softplus(beta=3), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "swish": nn.SiLU(), "gelu": nn.GELU(), "prelu": nn.PReLU(4, -0.5),
     "kaf": KAF(4), "kaf_unit": KAF(4, init="unit"), "kaf_relu": KAF(4, init="relu"), "kaf_elu": KAF(4, init="elu"),
     "kaf_free": KAF(4, trainable_dictionary=True), "kaf_sharp": KAF(4, dictionary_size=40, boundary=2.0, init="unit"), "kwta": KWTA(0.3),
 }  # fmt: skip

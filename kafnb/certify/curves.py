@@ -54,6 +54,7 @@ CURVES = {
     nn.ReLU: lambda m: Curve(m, 0.0, kink=True),
     nn.LeakyReLU: lambda m: Curve(m, 0.0, kink=True, monotone=m.negative_slope >= 0),
     nn.ELU: lambda m: Curve(m, abs(m.alpha), kink=True, monotone=m.alpha >= 0),
+    nn.CELU: lambda m: Curve(m, 1 / m.alpha) if m.alpha > 0 else None,
     nn.Softplus: lambda m: Curve(exact(m), m.beta / 4),
     nn.Sigmoid: lambda m: Curve(m, 1 / (6 * math.sqrt(3))),
     nn.Tanh: lambda m: Curve(m, 4 / (3 * math.sqrt(3))),
