@@ -200,7 +200,8 @@ class LossSurface(View):
         shares = f"wrong on {100 * self.wrong_inside:.0f} % of the diamond, {100 * self.wrong:.0f} % of the square"
         self.axes[0].set(xlim=(-edge, edge), ylim=(-edge, edge))
         self.axes[0].set_title(f"{model}: a {self.classes[y]},\n{shares}", fontsize=9)
-        self.axes[1].set_title(f"At 0: {z[len(s) // 2, len(s) // 2]:.3g}, largest in the square {z.max():.3g}")
+        middle = f"At 0: {z[len(s) // 2, len(s) // 2]:.3g}"
+        self.axes[1].set_title(f"{middle},\nlargest in the square: {z.max():.3g}", fontsize=9)
         _rescale(self.axes[1])
         self.numbers = pd.DataFrame(z, index=s, columns=[f"{v:.4g}" for v in s]).rename_axis("corner").reset_index()
 
