@@ -129,6 +129,14 @@ def load_data(spec, root=None):
     return _load(spec, root)
 
 
+def known(spec):
+    """A ``spec`` of one of the kinds that ``load_data`` takes, as it was given; whether the data are there is open."""
+    name = spec.removesuffix(":validation")
+    if name not in ("digits", "cifar10") and (not name.startswith("folder:") or "\0" in name):
+        raise ValueError(f"unknown data {shown(spec)}: use 'digits', 'cifar10' or 'folder:PATH'")
+    return spec
+
+
 @functools.lru_cache(maxsize=2)
 def _load(spec, root):
     if spec.endswith(":validation"):
@@ -137,9 +145,7 @@ def _load(spec, root):
         return _digits()
     if spec == "cifar10":
         return _cifar10(Path(root) if root else home() / "data")
-    if spec.startswith("folder:") and "\0" not in spec:
-        return _folder(Path(spec.removeprefix("folder:")))
-    raise ValueError(f"unknown data {shown(spec)}: use 'digits', 'cifar10' or 'folder:PATH'")
+    return _folder(Path(known(spec).removeprefix("folder:")))
 
 
 def _digits():

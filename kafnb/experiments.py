@@ -12,7 +12,7 @@ from . import engines, models, pretrained
 from .activations import activation
 from .checks import count, file_name, instance, seed, shown
 from .checks import device as device_of
-from .data import load_data
+from .data import known, load_data
 from .evaluations import Evaluation
 from .recipe import Recipe
 from .results import evaluation_file, measure, measured, trained
@@ -93,6 +93,7 @@ def _check(experiment):
     with torch.random.fork_rng(devices=[]):
         activation(experiment.activation, 8)
     models.maker(experiment.model)
+    known(experiment.data)
     return experiment
 
 

@@ -303,6 +303,13 @@ def test_evaluations_by_every_attack_and_unchanged_keys(store):
             Evaluation("fgsm", **said)
 
 
+@pytest.mark.parametrize("change", [dict(data="cifar"), dict(activation="relo"), dict(model="resnet21")])
+def test_unknown_names_are_found_before_anything_is_trained(store, change):
+    with pytest.raises(ValueError, match=r"^(unknown|resnet)"):
+        kafnb.run([MLP, dataclasses.replace(MLP, **change)], store=store.with_name("empty"))
+    assert not store.with_name("empty").exists()
+
+
 def test_what_another_process_is_at_is_not_waited_for(store):
     folder_of(store).mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool, Folder(folder_of(store)).lock():  # as in training
