@@ -230,7 +230,7 @@ def test_what_is_said_of_chapter_4_trained_adversarially_is_in_the_tables():
     rates = 100 * table.pivot(index=["labels", "seed"], columns="activation", values="rate")
     lead = rates.kaf_elu - rates.relu
     assert lead["none"].between(4, 5).all() and "with both seeds, four to five" in text
-    assert lead["true"].round().tolist() == [4, 1] and "four points ahead with the first seed" in text
+    assert lead["true"].round().tolist() == [4, 1] and "four points ahead of ReLU with the first seed" in text
     own = rates.kaf_elu - rates.elu
     assert own["none"].between(5.5, 7.5).all() and "four to five ahead of ReLU and six to seven of ELU" in text
     assert own["true"].round().tolist() == [2, 1] and "Of ELU it is one or two ahead" in text
@@ -251,7 +251,7 @@ def test_what_is_said_of_chapter_4_trained_adversarially_is_in_the_tables():
     )
     vgg = pd.read_csv(home() / "figures" / "paper" / "12_vgg_evaluation_scatter.csv")
     left = vgg[vgg.metric == "PGD-50-10 (true labels)"].set_index("activation").rate
-    assert left["elu"] > left["kaf_elu"] and "in the VGGs it stood better than KAF_ELU" in text
+    assert left["elu"] > left["kaf_elu"] and "In the VGGs ELU stood better than KAF_ELU" in text
     digits = pd.read_csv(home() / "figures" / "quick" / name)
     digits = digits[(digits.labels == "true") & (digits.activation == "kaf")]
     assert digits["high over ReLU"].item() < -5 and "On digits KAF stands far behind ReLU" in text
