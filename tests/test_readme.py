@@ -243,7 +243,9 @@ def test_what_is_said_of_chapter_4_trained_adversarially_is_in_the_tables():
     over = over.set_index(["labels", "activation"])
     points, least, most = (over[f"{c} over ReLU"] for c in ("points", "low", "high"))
     assert points["none"]["kaf"].round() == 6 and "KAF is six points ahead of ReLU" in text
-    assert points["true"][["kaf", "swish"]].round().tolist() == [2, 1] and "KAF is two ahead and Swish one" in text
+    assert (
+        points["true"][["kaf", "swish"]].round().tolist() == [2, 1] and "KAF is two ahead of ReLU and Swish one" in text
+    )
     assert (
         least["true"].max() < 0 < most["true"].min()
         and least["true"]["kaf_elu"] < -5
