@@ -234,6 +234,9 @@ def test_what_is_said_of_chapter_4_trained_adversarially_is_in_the_tables():
     own = rates.kaf_elu - rates.elu
     assert own["none"].between(5.5, 7.5).all() and "four to five ahead of ReLU and six to seven of ELU" in text
     assert own["true"].round().tolist() == [2, 1] and "Of ELU it is one or two ahead" in text
+    strong = table[table.labels == "strong"].set_index("activation")
+    assert set(strong.n) == {500} and set(strong.seed) == {0} and len(strong) == 3
+    assert strong.rate["relu"] < strong.rate["elu"] < strong.rate["kaf_elu"] and "and leaves their order" in text
     clean = rates.loc["none"].mean()
     assert {round(clean[a] - clean[b]) for a in ("kaf", "kaf_elu") for b in ("relu", "elu")} <= {5, 6, 7, 8}
     assert "are five to eight points more accurate on clean images than those with ReLU or ELU" in text
