@@ -229,7 +229,7 @@ def test_bad_names_are_refused_before_anything_is_written(store):
     with pytest.raises(ValueError, match="attack"):
         Evaluation("pdg")
     for wrong in (lambda: kafnb.run("mlp"), lambda: kafnb.run(MLP, "pgd", store=store)):
-        with pytest.raises(TypeError, match=r"must be a (Experiment|Evaluation), got '(mlp|pgd)'"):
+        with pytest.raises(TypeError, match=r"must be an (Experiment|Evaluation), got '(mlp|pgd)'"):
             wrong()
     with pytest.raises(FileNotFoundError, match="run it first"):
         kafnb.history(dataclasses.replace(MLP, seed=99), store=store)
