@@ -154,3 +154,10 @@ def forward(x):
     except (RuntimeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the model fails on {x.dtype} images of shape {tuple(x.shape)}: {reason}") from error
+
+
+def logits(value, classes):
+    """What a model returned for images: a score for each of at least ``classes`` classes."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape[1] < classes:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
+        raise ValueError(f"the model must return logits (N, {classes}), one a class of the data, got {got}")

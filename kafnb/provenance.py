@@ -24,6 +24,16 @@ def _file(module):
     return next((f for f in files if f.exists()), None)
 
 
+def _said(node):
+    """A syntax tree in words that are the same in all versions of Python: what is empty in it is left out."""
+    if isinstance(node, ast.JoinedStr):  # 3.12 may end a format with an empty string
+        return f"JoinedStr({', '.join(_said(v) for v in node.values if getattr(v, 'value', v) != '')})"
+    if isinstance(node, ast.AST):
+        fields = (f"{name}={_said(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(_said, node))}]" if isinstance(node, list) else repr(node)
+
+
 @functools.cache
 def _read(module):
     """What a module says without comments, docstrings and layout, which change no result; what it imports from here."""
@@ -39,7 +49,7 @@ def _read(module):
             base = here[: len(here) - node.level + 1] + (node.module.split(".") if node.module else [])
             for name in (".".join([*base, alias.name]) for alias in node.names):
                 imports.add(name if _file(name) else ".".join(base))
-    return ast.unparse(tree), imports
+    return _said(tree), imports
 
 
 @functools.cache
@@ -47,7 +57,7 @@ def code_fingerprint(*modules):
     """Ten hex digits for the code of ``modules`` and of all in this package that they import; without any, for all.
 
     Comments, docstrings and layout do not count: what was computed by other code has another fingerprint, and what
-    has another fingerprint was computed by other code (or read by another version of Python's parser).
+    has another fingerprint was computed by other code. The version of Python does not count.
     """
     found, todo = set(), list(modules)
     if not modules:

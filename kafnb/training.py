@@ -42,7 +42,8 @@ def _to(model, data, device):
     x, y = data.x_train.to(device), data.y_train.to(device)
     one = to_unit(x[:1])
     with torch.no_grad(), torch.random.fork_rng(), checks.forward(one):
-        model.eval()(one)
+        logits = model.eval()(one)
+    checks.logits(logits, data.num_classes)
     return x, y
 
 
@@ -89,8 +90,9 @@ def fit(
     ------
     ValueError, TypeError
         Model, data, recipe or seed of another type; a seed out of range; a device that is not there; a model that
-        cannot take the images, or that the method ("interval", "lipschitz") knows no bound of; ``resume`` that is no
-        state of this model; a single training image; a call inside ``torch.inference_mode``.
+        cannot take the images, has no logit for each class, or that the method ("interval", "lipschitz") knows no
+        bound of; ``resume`` that is no state of this model; a single training image; a call inside
+        ``torch.inference_mode``.
     """
     _check(model, data, recipe, seed, device)
     x, y = _to(model, data, device)

@@ -153,6 +153,14 @@ def test_unknown_metric_names_the_known(results):
         compare.mcnemar(results, "z")
 
 
+def test_what_is_no_table_of_results_is_said(results):
+    for table in (results[:0], results.drop(columns="correct")):
+        with pytest.raises(ValueError, match=r"^results must be a table as kafnb\.run returns it[^\n]+$"):
+            compare.rates(table)
+    with pytest.raises(TypeError, match=r"^results must be a DataFrame as kafnb\.run returns it, got [^\n]+$"):
+        compare.rates(results.to_dict())
+
+
 def test_thesis_tables():
     vgg, resnet = thesis.table(thesis.VGG), thesis.table(thesis.RESNET20)
     assert len(vgg) == 7 and len(resnet) == 8

@@ -30,6 +30,13 @@ def test_what_is_wanted_first(tmp_path, monkeypatch):
     assert not (home() / "results").exists() and not (home() / "figures" / "paper").exists()
 
 
+def test_a_folder_that_is_not_there_is_said_at_once(tmp_path):
+    script = [sys.executable, gpu_minutes.__file__, "--minutes", "1", "--out", str(tmp_path / "out")]
+    said = subprocess.run([*script, "--data-root", str(tmp_path / "no")], capture_output=True, text=True, timeout=300)
+    assert said.returncode == 2 and said.stderr.splitlines()[-1].endswith(f"--data-root: no folder {tmp_path / 'no'}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_stop_loses_nothing(tmp_path):
     """Stopped when two networks are done: they are in the archive, and the next run finds them."""

@@ -14,6 +14,7 @@ from torchvision.models import resnet50
 
 import kafnb
 from kafnb import imagenet
+from kafnb.imagenet.__main__ import main as command
 
 
 def test_full_configuration_is_the_recipe():
@@ -56,6 +57,12 @@ def test_a_missing_folder_is_named(tmp_path):
     wrong = [sys.executable, "-m", "kafnb.imagenet", str(tmp_path)]
     said = subprocess.run(wrong, capture_output=True, text=True, timeout=300)
     assert said.returncode == 2 and re.fullmatch(r"kafnb\.imagenet: no folder .*train/<class>.*\n", said.stderr)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_said_before_the_folders_are_read(device, capsys):
+    assert command(["no folder", "--device", device]) == 2
+    assert re.fullmatch(rf"kafnb\.imagenet: device .*{device}[^\n]+\n", capsys.readouterr().err)
 
 
 def test_folders_of_other_classes_are_refused(tmp_path):

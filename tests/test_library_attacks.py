@@ -139,3 +139,4 @@ def test_bad_input(trained):
     for attack in SMALLEST:
         with pytest.raises(ValueError, match="eps must be"):
             attack(model, x, y, eps=-1.0)
+    assert library.autoattack(model, x[:0], y[:0], eps=0.1).shape == x[:0].shape

@@ -144,6 +144,11 @@ def test_a_model_that_cannot_take_the_images_is_said_at_once(tiny, train):
     with pytest.raises(ValueError, match=r"^the model fails on torch.float32 images of shape \(1, 1, 8, 6\): [^\n]+$"):
         train(models.build("mlp", "relu", oblong), oblong, recipe)
     train(models.build("light_cnn", "relu", oblong), oblong, recipe)  # which pools whatever comes
+    with pytest.raises(ValueError, match=r"^the model must return logits \(N, 10\), [^\n]+, got shape \(1, 7\)$"):
+        train(models.mlp(num_classes=7), tiny, recipe)
+    with pytest.raises(ValueError, match=r"^the model must return logits \(N, 10\), [^\n]+, got shape \(1, 1, 8, 8\)$"):
+        train(torch.nn.Conv2d(1, 1, 1), tiny, recipe)
+    train(models.mlp(num_classes=11), tiny, recipe)  # one more than there are classes
 
 
 def test_divergence_stops_and_keeps_the_last_good_weights(tiny):

@@ -274,6 +274,23 @@ def test_only_code_that_can_change_a_result_changes_its_fingerprint(package, fil
     assert [a != b for a, b in zip(before, fingerprints(), strict=True)] == changed
 
 
+SYNTAX = """
+def told(x, *rest, width=None, **more):
+    if (n := len(rest)) > 1 and x is not None:
+        return f"{x!r:>{width}} {'a' if n else 'b'}" "c" f"{n=} {{}}"
+    match more:
+        case {"a": [1, *others], **left}:
+            return {**left, "b": others[::2], "c": x[1:, ...]}
+    return [lambda y=1.50: -y, 1e400, 0x10, b"\\x00", None, ...]
+"""
+
+
+def test_a_fingerprint_is_the_same_for_all_versions_of_python(package):
+    path, _ = package
+    (path / "syntax.py").write_text(SYNTAX)
+    assert provenance.code_fingerprint("syntax") == "86f8758630"  # 3.11 to 3.14 agree
+
+
 def test_a_users_own_activation_is_part_of_the_code(monkeypatch):
     class First(torch.nn.Module):
         def forward(self, x):
