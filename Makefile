@@ -34,8 +34,9 @@ bench: .venv/ready
 torture: .venv/ready
 	KAFNB_TORTURE=long $(THREADS) $(RUN) -m pytest -p no:xdist -o addopts= tests/torture $(ARGS)
 
+# its threads, where they wait, give up their core soon: by default a busy core makes small tensors 50 times slower
 lab: .venv/ready
-	$(RUN) -m jupyterlab --ip=127.0.0.1 --notebook-dir=notebooks
+	GOMP_SPINCOUNT=1000 $(RUN) -m jupyterlab --ip=127.0.0.1 --notebook-dir=notebooks
 
 book: .venv/book
 	$(RUN) book/build.py

@@ -145,6 +145,7 @@ def run_notebooks(
     environment = {"KAFNB_PROGRESS": "0", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     # glibc keeps what is freed: handing memory back makes each large tensor touch fresh pages
     environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+    environment["GOMP_SPINCOUNT"] = "1000"  # threads that wait give up their core soon: another process may need it
     environment |= {"KAFNB_ENGINE": engine, "KAFNB_ADDRESS": address or "", "KAFNB_STORED": str(int(stored))}
     outcomes = []
     with (
