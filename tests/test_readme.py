@@ -389,6 +389,24 @@ def test_what_is_said_of_the_longer_training_of_k_wta_is_in_the_table():
     assert rate(table, "true").max() <= 0.1 and rate(long, "predicted").item() <= rate(short, "predicted").max()
 
 
+def test_what_is_said_of_kernels_is_in_the_tables():
+    """README and notebook 16's summary."""
+    bumps, signs = ["matern32", "matern52", "rational_quadratic", "periodic"], {"small": 1, "quick": -1}
+    for profile, sign in signs.items():
+        table = pd.read_csv(home() / "figures" / profile / "16_kernels_and_scale_kernels.csv").set_index("activation")
+        seeds = {name: np.array(json.loads(row)) for name, row in table["seeds robust"].items()}
+        points = {name: 100 * (rates - seeds["unit:gaussian"]) for name, rates in seeds.items()}
+        assert (points["unit:laplacian"] < 0).all() and len(points["unit:laplacian"]) == {"small": 3}.get(profile, 4)
+        assert (sign * points["unit:relu"] > 0).all() and (sign * points["unit:softplus"] > 0).all()
+        assert max(abs(points[f"unit:{b}"].mean()) for b in bumps) < (2 if profile == "small" else 3)
+        if profile == "small":
+            assert -6.5 < points["unit:laplacian"].mean() < -5.5 and table["rate robust"].idxmin() == "unit:laplacian"
+            ahead = ["unit:relu", "unit:softplus", "swish"]
+            assert all(1.5 < points[name].mean() < 3.5 and (points[name] > 0).all() for name in ahead)
+            behind = 100 * (table["rate clean"] - table["rate clean"]["unit:gaussian"])
+            assert behind[ahead].between(-1, 0).all() and -4 < behind["relu"] < -2.5 and abs(points["relu"].mean()) < 1
+
+
 def test_what_is_said_of_moving_activations_is_in_the_table():
     assert "KAF moves more than ReLU in three of five layers with all three seeds" in " ".join(README.split())
     table = pd.read_csv(home() / "figures" / "small" / "09_activation_distributions_ratios.csv")
