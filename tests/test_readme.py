@@ -414,6 +414,14 @@ def test_what_is_said_of_moving_activations_is_in_the_table():
     assert set(table.seeds) == {3}  # low and high: those of the seeds
     for where in ("before", "after"):
         assert (table.low["normalised", where] > 1).sum() == 3 and (table.ratio["raw", where] < 1).sum() == 3
+    layers = {}
+    for profile in ("small", "quick"):
+        table = pd.read_csv(home() / "figures" / profile / "09_activation_distributions_seeds.csv")
+        table = table[table.value == "wasserstein"]
+        assert table.groupby("layer").seed.nunique().tolist() == [3] * 5 and set(table["where"]) == {"before"}
+        layers[profile] = table.groupby("layer").ratio.agg(["min", "max"])
+    assert (layers["quick"]["max"] < 1).all() and (layers["small"]["max"] < 1).sum() == 1
+    assert layers["small"]["min"][5] > 1
 
 
 def test_numbers_on_the_growth_of_gradients():
