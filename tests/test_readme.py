@@ -392,6 +392,10 @@ def test_what_is_said_of_the_longer_training_of_k_wta_is_in_the_table():
 def test_what_is_said_of_kernels_is_in_the_tables():
     """README and notebook 16's summary."""
     bumps, signs = ["matern32", "matern52", "rational_quadratic", "periodic"], {"small": 1, "quick": -1}
+    text = " ".join(README.split())
+    assert "(there by six points; profile `small`: CIFAR-10 (JPEG), 2/255, three seeds)" in text
+    assert "are two to three points ahead of the Gaussian on photographs and behind it on digits" in text
+    assert "within two points of it on photographs, within three on digits" in text
     for profile, sign in signs.items():
         table = pd.read_csv(home() / "figures" / profile / "16_kernels_and_scale_kernels.csv").set_index("activation")
         seeds = {name: np.array(json.loads(row)) for name, row in table["seeds robust"].items()}
@@ -414,6 +418,9 @@ def test_what_is_said_of_moving_activations_is_in_the_table():
     assert set(table.seeds) == {3}  # low and high: those of the seeds
     for where in ("before", "after"):
         assert (table.low["normalised", where] > 1).sum() == 3 and (table.ratio["raw", where] < 1).sum() == 3
+    assert "with all three seeds in one layer of five, and in the last one they are further apart" in " ".join(
+        README.split()
+    )
     layers = {}
     for profile in ("small", "quick"):
         table = pd.read_csv(home() / "figures" / profile / "09_activation_distributions_seeds.csv")
