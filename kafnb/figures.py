@@ -185,12 +185,11 @@ def save_figure(figure, name, table, folder, alt=None, **provenance):
 
 
 def update_manifest(folder, section, name, entry):
-    """Merge one entry into ``folder``/manifest.json; several notebooks may do so at once."""
+    """Put one entry into ``folder``/manifest.json; several notebooks may do so at once."""
     path = Path(folder) / "manifest.json"
     with FileLock(path.parent / ".manifest.lock"):
         manifest = read_manifest(folder)
-        entries = manifest.setdefault(section, {})
-        entries[name] = entries.get(name, {}) | entry
+        manifest.setdefault(section, {})[name] = entry
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         write_atomically(path, lambda p: p.write_text(text))
 

@@ -163,7 +163,8 @@ def run_notebooks(
             bar.update()
             if not (outcome.error or stored or (before and stocked() - before)):  # part of it trained: neither time
                 kind = "seconds" if before else "seconds_from_nothing"
-                entry = {kind: round(outcome.seconds), "jobs": jobs, "cores": cores, "unmet": outcome.unmet}
+                first = manifest.get(outcome.name, {}) if before else {}  # a first run starts anew
+                entry = first | {kind: round(outcome.seconds), "jobs": jobs, "cores": cores, "unmet": outcome.unmet}
                 update_manifest(home() / "figures" / profile, "notebooks", outcome.name, entry)
     save_poster(profile)
     return sorted(outcomes, key=lambda o: o.name)

@@ -1,5 +1,6 @@
 """Figures: picture, numbers and provenance together."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import matplotlib
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kafnb import ACTIVATIONS, compare, figures
+from kafnb import ACTIVATIONS, compare, figures, notebooks
 from kafnb.alttext import describe
 
 matplotlib.use("Agg")
@@ -101,3 +102,20 @@ def test_scatter_draws_the_intervals_it_was_given(figure):
     assert ax.get_legend_handles_labels()[1] == ["ReLU", "KAF_ELU"]  # once each, whatever the number of seeds
     assert [len(c.get_offsets()) for c in ax.collections] == [1, 2, 1, 2] and not figures.wrong_colours(figure)
     assert "ReLU at (" in describe(figure)
+
+
+def test_a_first_run_keeps_no_time_of_an_earlier_one(monkeypatch, tmp_path):
+    name, seconds = "06_kernel_activation_functions", iter((20, 5, 30))
+    monkeypatch.setenv("KAFNB_HOME", str(tmp_path))
+    monkeypatch.setattr(notebooks.engines, "pool", ThreadPoolExecutor)
+    monkeypatch.setattr(notebooks, "_execute", lambda name, *_: notebooks.Outcome(name, next(seconds)))
+    for folder in ("notebooks", "results/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "notebooks" / f"{name}.ipynb").touch()
+    sums = tmp_path / "results" / "a" / "SHA256SUMS"
+    for first in (True, False, True):
+        sums.unlink(missing_ok=True) if first else sums.touch()
+        notebooks.run_notebooks(jobs=1)
+        said = figures.measured(name, "quick")
+        assert ("20 s in a first run, 5 s with trained models" in said) == (not first)
+    assert said.startswith("30 s in a first run (")
