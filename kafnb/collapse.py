@@ -18,7 +18,11 @@ def watched(model, data, recipe):
     x, y = to_unit(data.x_train[: recipe.watch]).to(device), data.y_train[: recipe.watch].to(device)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same random start in every epoch: what changes is the model
-        attacked = {"watch_fgsm": fgsm(model, x, y, eps=recipe.eps), "watch_pgd": pgd(model, x, y, eps=recipe.eps)}
+        batches = list(zip(x.split(500), y.split(500), strict=True))
+        attacked = {
+            f"watch_{attack.__name__}": torch.cat([attack(model, *few, eps=recipe.eps) for few in batches])
+            for attack in (fgsm, pgd)
+        }
     return {name: clean_accuracy(model, (x_adv, y)).rate for name, x_adv in attacked.items()}
 
 

@@ -138,7 +138,7 @@ def clean_accuracy(model, data, *, n=None, batch_size=None):
 
 
 def robust_accuracy(model, data, attack, labels="true", *, n=None, batch_size=None, seed=0):
-    """Accuracy under attack; on CUDA attacked and scored in float32 throughout.
+    """Accuracy under attack; convolutions on CUDA are in float32 throughout, matrix products as you have set them.
 
     Parameters
     ----------

@@ -161,11 +161,14 @@ def run(
         experiments = [e for e in experiments if e in wanted]
         if not experiments:
             raise FileNotFoundError(f"none of these experiments is in the store {store}: nothing was to be computed")
-    elif spread:  # of equal experiments one, and nothing for what is there
-        new = [e for e in dict.fromkeys(experiments) if not measured(e, evaluations, store, data_root)]
+    elif spread:  # of equal experiments one, and nothing for what is there; to ask what is busy would be to wait for it
+        busy = {e: Folder(store / e.name).busy() for e in experiments}
+        new = [e for e in sorted(busy, key=busy.get) if busy[e] or not measured(e, evaluations, store, data_root)]
         where = dict(store=store, data_root=data_root, device=device, progress=progress)
         if new:
             spread(measure, new, evaluations, **where, workers=workers, threads=threads, address=address)
+    if engine == "ray" and str(device).startswith("cuda"):  # the cluster's: here its results are read, on what there is
+        device = "auto"
     device = device_of(_found(device))
     where = dict(store=store, data_root=data_root, device=device, progress=progress)
     scores, left = {}, list(dict.fromkeys(experiments))

@@ -108,14 +108,16 @@ def gaps(panels, tables):
     words = []
     for ax, (measured, table) in zip(panels, tables.items(), strict=True):
         for i, (name, row) in enumerate(table.iterrows()):
-            color, marker = STYLES[name]
+            color, marker, _ = style(name).values()
             ax.plot([row.training, row.test], [i, i], color=color, lw=1.5, zorder=1)
             ax.scatter(row.training, i, s=40, marker=marker, facecolor="white", edgecolor=color, zorder=2)
             ax.scatter(row.test, i, s=40, marker=marker, color=color, zorder=3)
-        ax.set_yticks(range(len(table)), [LABELS[name] for name in table.index])
-        widest = f"largest gap {table.gap.max():.1f} points, {LABELS[table.gap.idxmax()]}"
+        labels = [LABELS.get(name, name) for name in table.index]
+        ax.set_yticks(range(len(table)), labels)
+        widest = f"largest gap {table.gap.max():.1f} points, {labels[table.gap.argmax()]}"
         ax.set(xlabel="accuracy, %: training images empty, test images full", title=f"{measured}: {widest}")
-        each = "; ".join(f"{LABELS[name]} {r.training:.1f} and {r.test:.1f}" for name, r in table.iterrows())
+        rows = zip(labels, table.training, table.test, strict=True)
+        each = "; ".join(f"{label} {training:.1f} and {test:.1f}" for label, training, test in rows)
         words.append(f"{measured}, {widest}. Accuracy in per cent on training and on test images: {each}.")
     panels[0].invert_yaxis()
     return " ".join(words)

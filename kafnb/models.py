@@ -13,11 +13,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from .activations import activation as named_activation
-from .checks import count, instance, number, pick
+from .checks import count, instance, number, pick, shown
 from .kaf import KAF
 
 
 def _factory(activation):
+    """channels -> module, of a name or of such a function."""
+    own = isinstance(activation, type) and activation.__module__ == nn.ELU.__module__ and activation is not nn.PReLU
+    if own or isinstance(activation, nn.Module):  # called with the channels it would take them for its parameter
+        raise TypeError(
+            f"activation must be a name or a function, as lambda channels: nn.ELU(), got {shown(activation)}"
+        )
     return activation if callable(activation) else functools.partial(named_activation, activation)
 
 

@@ -75,7 +75,9 @@ def _training(ax, table):
 def _resnet20(ax, table):
     attack = next(m for m in table.metric.unique() if "true" in m)
     rate = 100 * table.pivot_table(index="activation", columns="metric", values="rate")
-    half = 50 * (table[table.metric == attack].set_index("activation").eval("high - low")).groupby("activation").mean()
+    ends = [f"mean_{end}" if f"mean_{end}" in table else end for end in ("low", "high")]  # with seeds, where several
+    low, high = (table[table.metric == attack].groupby("activation")[end].first() for end in ends)
+    half = 50 * (high - low)
     for name in table.activation.unique():
         ax.scatter(rate.loc[name, "clean"], rate.loc[name, attack], s=45, **figures.style(name))
     ax.set(xlabel="clean accuracy, %", ylabel=f"{attack}, %")

@@ -92,7 +92,7 @@ def restore(name, store=None):
     ValueError
         There is none of that name, it came without a record, or its file is damaged.
     FileExistsError
-        The store has that experiment.
+        The store has that experiment, or a training of it that can be gone on with.
     """
     path, told, tensors = _read(name)
     if "record" not in told:
@@ -105,7 +105,7 @@ def restore(name, store=None):
             table = pd.DataFrame({"image": range(n), "label": tensors[LABELLED][:n].numpy(), "correct": correct})
             tables.append((evaluation_file(_evaluation(made)), table, made))
     with folder.lock():
-        if folder.path.exists():
+        if folder.has("experiment.json") or folder.checkpoints():  # without, it is what a killed call left
             raise FileExistsError(f"{folder.path} is there already: to replace it, move it away")
         folder.write("weights.safetensors", lambda p: p.write_bytes(save(weights)))
         digest = folder.digest("weights.safetensors")
@@ -170,7 +170,8 @@ def _published(folder, data_root, epochs):
 
 
 def _evaluation(made):
-    return Evaluation(**{f.name: made[f.name] for f in dataclasses.fields(Evaluation)})
+    """The ``Evaluation`` that a stored score is of; a field that came later has its default, as ``run`` takes it."""
+    return Evaluation(**{f.name: made[f.name] for f in dataclasses.fields(Evaluation) if f.name in made})
 
 
 def _evaluated(folder):

@@ -240,7 +240,15 @@ class Session:
         For measurements of a few seconds or more that are no ``Evaluation``. The key holds the arguments (their
         ``repr``; experiments, numbers, names), the function's own source, the profile, the data and the package's
         source, not what other notebook cells define: pass that as an argument. Not for timings.
+
+        Raises
+        ------
+        TypeError
+            An argument is a tensor, an array or a DataFrame; what the function returns is no DataFrame.
         """
+        if odd := [v for v in (*arguments, *options.values()) if getattr(v, "ndim", 0)]:  # whose repr is not all of it
+            kind = type(odd[0]).__name__
+            raise TypeError(f"arguments of a table are its key: pass numbers, names and lists of such, and no {kind}")
         given = [inspect.getsource(function), repr(arguments), repr(sorted(options.items()))]
         fixed = [str(self.seed), self.profile.name, self.data.fingerprint, code_fingerprint()]
         key = hashlib.sha256("\0".join(given + fixed).encode()).hexdigest()[:10]

@@ -93,6 +93,7 @@ def trained(folder, experiment, data, device, progress, finished=None, report=No
         model, data, experiment.recipe, seed=experiment.seed, device=device, progress=progress,
         resume=folder.read_checkpoint(**origin), save=save,
     )  # fmt: skip
+    folder.drop("experiment.json")  # an older one; killed now, nothing is whole, and the checkpoint is gone on from
     folder.write_weights(model)
     folder.write_table("history.csv", history)
     record = {

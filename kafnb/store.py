@@ -101,7 +101,9 @@ class Folder(Checked):
 
     def write_weights(self, model):
         # by way of memory: the libraries' own writers report a full disk as errors of their own
-        content = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+        # and copied: a parameter in several places is written in each of them, which safetensors refuses to do itself
+        own = dict(device="cpu", copy=True, memory_format=torch.contiguous_format)
+        content = save({k: v.detach().to(**own) for k, v in model.state_dict().items()})
         self.write("weights.safetensors", lambda p: p.write_bytes(content))
 
     def read_weights(self):
@@ -143,14 +145,18 @@ class Folder(Checked):
         if names:  # and of earlier ones that were killed in between
             sums = self._sums()
             gone = {n for n in sums if n.startswith("checkpoint-") and not (self.path / n).exists()}
-            self._write_sums({n: d for n, d in sums.items() if n not in gone | set(names)})
+            left = {n: d for n, d in sums.items() if n not in gone | set(names)}
+            if left != sums:
+                self._write_sums(left)
 
     def get_all(self):
         """name -> bytes of every listed, undamaged file: what a machine without this folder needs to go on."""
         return {name: (self.path / name).read_bytes() for name in self._sums() if self.has(name)}
 
     def put_all(self, files):
-        for name, content in files.items():
+        """Write what ``get_all`` returned. The record comes last, and an older one goes first: see ``results``."""
+        self.drop("experiment.json")
+        for name, content in sorted(files.items(), key=lambda item: item[0] == "experiment.json"):
             self.write(name, lambda p, content=content: p.write_bytes(content))
 
 

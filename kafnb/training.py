@@ -83,8 +83,8 @@ def fit(
     DataFrame
         One row an epoch: epoch, lr (its last), loss, accuracy (on the perturbed batches), seconds, cpu_seconds, and
         clean, pgd where the recipe tracks them, watch_fgsm, watch_pgd where it watches, gradient norms where it
-        monitors. If a loss, or under ``monitor`` a gradient, is not finite, training stops with a warning: the weights
-        are those of the last good epoch and the last row's loss is NaN.
+        monitors. If a loss, a weight or buffer after an epoch, or under ``monitor`` a gradient, is not finite, training
+        stops with a warning: the weights are those of the last good epoch and the last row's loss is NaN.
 
     Raises
     ------
@@ -143,6 +143,8 @@ def fit(
                 loss, reason = float("nan"), str(diverged)
         row = {"epoch": len(history) + 1, "lr": lr, "loss": loss, "accuracy": int(sums[1]) / max(sums[2], 1)}
         row |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        if math.isfinite(loss) and _spoilt(before, model.state_dict()):  # by the last step, after the last loss
+            loss, reason = float("nan"), "a weight or buffer is not finite"
         if not math.isfinite(loss):
             model.load_state_dict(before)
             row["loss"] = float("nan")
@@ -168,6 +170,11 @@ def fit(
         layer.ratio = own
     model.to(memory_format=torch.contiguous_format).eval()
     return pd.DataFrame(history)
+
+
+def _spoilt(before, after):
+    """Whether of two states of a model the later has a number that is not finite any more: asked of the device once."""
+    return bool(torch.stack([(before[k].isfinite() & ~v.isfinite()).any() for k, v in after.items()]).any())
 
 
 def _monitored(model, x, y):

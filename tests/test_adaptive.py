@@ -144,6 +144,27 @@ def test_checklist_passes_the_sound_and_finds_each_kind(digit_nets, digits):
     assert "more restarts help" in findings(digit_nets["kwta"], digits, relu, n=200)
 
 
+@pytest.mark.parametrize("hole", [torch.nan, torch.inf])
+@pytest.mark.parametrize("columns, shares", [(4, [0, 0.5, 1]), (8, [1, 1, 1])])
+def test_checklist_finds_gradients_that_are_no_numbers(net, images, columns, shares, hole):
+    class Holes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g.index_fill(3, torch.arange(columns), hole)
+
+    class Holed(nn.Module):
+        def forward(self, x):
+            return net(Holes.apply(x))
+
+    values = checklist.outputs(Holed(), images[0], net(images[0]).argmax(1))
+    names = "images without gradient", "zeros in the gradient", "gradient against differences"
+    assert [values[k] for k in names] == shares
+
+
 def test_one_image_is_no_finding():
     for n in (20, 40, 100, 150, 400, 1000):
         limit = checklist._limit("more restarts help", n)

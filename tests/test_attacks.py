@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kafnb import Evaluation, Recipe, attacks, load_data, models, training
+from kafnb import Evaluation, Recipe, attacks, evaluate, load_data, models, training
 from kafnb.attacks import losses
 
 
@@ -108,6 +108,34 @@ def test_restarts_keep_each_images_worst_case(net, images):
     assert not (many & ~single).any()
 
 
+@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("surrogate", [False, True])
+def test_an_image_whose_logits_are_nan_is_broken(images, early_stop, surrogate):
+    """The argmax of NaN is 0, which may be the label; evaluation counts it as wrong."""
+
+    class Fragile(torch.nn.Module):
+        """Class 0 with certainty, and NaN above a mean of 0.55."""
+
+        def forward(self, v):
+            mean = v.flatten(1).mean(1, keepdim=True)
+            return torch.cat([5 - mean, mean, -mean], 1).where(mean < 0.55, torch.nan)
+
+    x, y = torch.full_like(images[0], 0.5), torch.zeros_like(images[1])
+    model = Fragile()
+    leads = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).double() if surrogate else None
+    if surrogate:
+        leads[1].weight.data[:] = torch.tensor([-1.0, 1, 0]).view(-1, 1)
+    options = dict(eps=0.1, steps=4, surrogate=leads, early_stop=early_stop)
+    for restarts in (1, 3):
+        adv = attacks.pgd(model, x, y, restarts=restarts, **options)
+        assert model(adv).isnan().any(1).all()
+        assert evaluate.predict(model, adv).eq(-1).all()
+    if early_stop:  # it leaves the batch where it broke
+        assert (adv - x).mean() < 0.09
+    reached = attacks.pgd(model, x, y, targeted=True, restarts=2, **options)  # NaN is no class, so no target
+    assert not model(reached).isnan().any()
+
+
 def test_later_restarts_see_survivors_only(images):
     x, y = images
     seen = []
@@ -186,6 +214,23 @@ def test_bad_images_and_labels_get_one_line(net, images):
         with pytest.raises(ValueError) as error:
             attacks.fgsm(net, *bad, eps=0.1)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", attacks.NORMS)
+def test_images_in_half_precision_are_refused_in_one_line(images, dtype, norm):
+    """Their rounding is of the size of eps: a pixel would leave the ball."""
+    net = models.mlp("relu", hidden=(16,)).to(dtype).eval()
+    with pytest.raises(ValueError, match=rf"^images must be float32 or float64 .*{dtype}: pass x\.float\(\); .*$"):
+        attacks.pgd(net, images[0].to(dtype), images[1], eps=8 / 255, norm=norm)
+
+    class Casts(torch.nn.Module):
+        def forward(self, x):
+            return net(x.to(dtype))
+
+    x = images[0].float()
+    adv = attacks.pgd(Casts(), x, images[1], eps=8 / 255, norm=norm)
+    assert adv.dtype == x.dtype and attacks.balls.size(adv - x, norm).max() <= 8 / 255 + 1e-6
 
 
 # --- losses, targets, schedules, early stop ----------------------------------------------------------------------

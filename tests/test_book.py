@@ -3,6 +3,7 @@
 import importlib.util
 import re
 
+import matplotlib.figure
 import pytest
 
 from kafnb import figures, poster
@@ -72,6 +73,18 @@ def test_the_poster_draws_what_is_stored(tmp_path, monkeypatch):
     assert set(table.panel) == set(poster.SOURCES)
     monkeypatch.setenv("KAFNB_HOME", str(tmp_path))
     assert not poster.save_poster()  # nothing stored, nothing drawn
+
+
+def test_the_poster_s_intervals_are_over_seeds_too():
+    import pandas as pd
+
+    table = pd.read_csv(QUICK.with_name("small") / "14_resnet20_evaluation_scatter.csv")
+    rows = table[table.metric == "PGD-50-2 (true labels)"].drop_duplicates("activation")
+    assert (table.seed.nunique(), len(rows)) == (3, 2)
+    ax = matplotlib.figure.Figure().subplots()
+    poster._resnet20(ax, table)
+    half = 50 * (rows.mean_high - rows.mean_low).mean()
+    assert f"± {half:.1f} points" in ax.get_title("left") and half > 50 * (rows.high - rows.low).mean()
 
 
 def test_requirements_are_pinned_and_apart():

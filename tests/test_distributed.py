@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kafnb
 from kafnb import Experiment, Recipe, distributed, fit, models
@@ -187,6 +188,28 @@ Folder.write_checkpoint = stopping
     # what is there is read by all
     again = torchrun(f"import test_distributed\nfrom kafnb import distributed\nm = {call}\ntest_distributed.say(m)")
     assert {line for line in again.stdout.splitlines() if line.startswith("sum")} == set(sums)
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for: on CUDA each time waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def test_values_are_asked_for_once_an_epoch(tiny):
+    counts = []
+    for batch_size in (20, 100):
+        with Asked() as asked:
+            recipe = Recipe("fgsm_rs", epochs=2, lr=(0.01, 0.1), batch_size=batch_size, eps=0.1)
+            distributed.fit(models.mlp("relu", hidden=(8,)), tiny, recipe, accumulate=2)
+        counts.append(asked.count)
+    assert counts[0] == counts[1]
 
 
 def test_one_process_is_plain_training(tiny):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ import torch
 import kafnb
 from kafnb import Evaluation, Experiment, Recipe, __main__, cluster, engines, errata, profiles, registered
 from kafnb.methods import METHODS
+from kafnb.store import Folder
 
 QUICK = Recipe("fgsm_rs", epochs=2, lr=(0.003, 0.3), eps=0.1)
 PGD = Evaluation("pgd", eps=0.1, steps=2, n=30)
@@ -81,6 +82,22 @@ def test_what_is_there_starts_no_worker(sequential, tmp_path, monkeypatch):
     same(kafnb.run(runs, [PGD], store=tmp_path, engine="processes"), sequential)
     with pytest.raises(TypeError):
         kafnb.run(runs, [dataclasses.replace(PGD, n=31)], store=tmp_path, engine="processes")
+
+
+def test_what_another_process_is_at_is_handed_out_last(tmp_path, monkeypatch):
+    runs, given = table(3), []
+
+    def noted(measure, experiments, *_, **__):
+        given.extend(experiments)
+        raise InterruptedError
+
+    monkeypatch.setitem(engines.ENGINES, "processes", noted)
+    kafnb.run(runs[0], store=tmp_path)  # trained; now another measures it
+    with ThreadPoolExecutor(1) as thread, Folder(tmp_path / runs[0].name).lock():
+        running = thread.submit(kafnb.run, runs, [PGD], store=tmp_path, engine="processes")
+        with pytest.raises(InterruptedError):
+            running.result(timeout=30)
+    assert given == [runs[1], runs[2], runs[0]]
 
 
 def test_an_error_in_an_experiment_comes_back(tmp_path):
@@ -194,6 +211,19 @@ def test_ray_missing_is_one_clear_line(tmp_path, monkeypatch, capsys):
     assert err.startswith("kafnb: engine 'ray' needs Ray") and err.count("\n") == 1
     with pytest.raises(ValueError, match="did you mean 'ray'"):
         kafnb.run(table(1), store=tmp_path, engine="rya")
+
+
+def test_what_a_cluster_computed_on_gpus_is_read_without_one(sequential, tmp_path, monkeypatch):
+    def cluster_with_gpus(measure, experiments, evaluations, *, store, data_root, device, **where):
+        assert device == "cuda"
+        for e in experiments:
+            measure(e, evaluations, store=store, data_root=data_root)
+
+    monkeypatch.setitem(engines.ENGINES, "ray", cluster_with_gpus)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: True)
+    for count in ("is_available", "device_count"):
+        monkeypatch.setattr(torch.cuda, count, lambda: 0)
+    same(kafnb.run(table(4), [PGD], store=tmp_path, engine="ray", device="cuda"), sequential)
 
 
 def test_the_engine_is_the_notebooks_too(monkeypatch):

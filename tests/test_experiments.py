@@ -119,6 +119,43 @@ def test_interrupted_training_resumes_to_the_same_weights(store, tmp_path, monke
     assert all(torch.equal(a[k], b[k]) for k in b) and not list(folder_of(store).glob("checkpoint*"))
 
 
+def test_a_parameter_in_several_places_is_stored_and_read(store, monkeypatch):
+    one = torch.nn.PReLU()
+    monkeypatch.setitem(kafnb.ACTIVATIONS, "one", lambda channels: one)
+    shared = dataclasses.replace(MLP, activation="one", options={"hidden": (16, 16)})
+    first = kafnb.run(shared, store=store)
+    slope = one.weight.detach().clone()
+    torch.nn.init.zeros_(one.weight)
+    monkeypatch.setattr(results, "fit", None)
+    assert kafnb.run(shared, [PGD], store=store).rate[0] == first.rate[0] and torch.equal(one.weight, slope)
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["computed here", "sent back"])
+def test_killed_while_a_new_result_replaces_an_old_one_nothing_counts_as_whole(store, tmp_path, monkeypatch, sent):
+    kafnb.run(MLP, store=store)
+    old = Folder(folder_of(store)).get_all()
+    monkeypatch.setattr(results, "weights_code", lambda experiment: "0123456789")
+    monkeypatch.setenv("KAFNB_STALE", "recompute")
+    if sent:
+        kafnb.run(MLP, store=tmp_path / "cluster")
+        new = Folder(folder_of(tmp_path / "cluster")).get_all()
+    write = Folder.write
+
+    def killed(self, name, how):
+        if name == "history.csv":
+            raise Stop
+        write(self, name, how)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Folder, "write", killed)
+        Folder(folder_of(store)).put_all(new) if sent else kafnb.run(MLP, store=store)
+    monkeypatch.delenv("KAFNB_STALE")
+    kafnb.run(MLP, store=store)
+    assert Folder(folder_of(store)).read_json("experiment.json")["code"] == "0123456789"
+    kept = Folder(folder_of(store)).get_all()
+    assert kept.keys() == old.keys() and kept["history.csv"] != old["history.csv"]  # its seconds
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "history.csv", "experiment.json"])
 def test_a_flipped_bit_is_found_moved_aside_and_computed_again(store, name):
     before = kafnb.run(MLP, store=store)
@@ -262,6 +299,12 @@ def test_session_table_says_what_the_function_must_return(tmp_path, monkeypatch)
     with pytest.raises(TypeError, match="number must return a DataFrame, got int"):
         kafnb.Session("99_test").table(number)
     assert not list(tmp_path.rglob("table.csv"))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(5000), np.zeros(3), pd.DataFrame({"a": [1]})])
+def test_arguments_of_a_table_are_all_in_its_key(wrong):
+    with pytest.raises(TypeError, match=f"arguments of a table are its key.* {type(wrong).__name__}"):
+        kafnb.Session("99_test").table(pd.DataFrame, wrong)
 
 
 def number():

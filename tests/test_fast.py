@@ -102,6 +102,43 @@ def test_skips_of_relu_blocks_need_no_factor_where_none_is_negative(flipped):
     torch.testing.assert_close(*(attacks.input_gradient(m, x, y) for m in (quick, model)), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("gain, blocks", [(1e-40, [1]), (1e-15, [0, 1, 2])])
+def test_a_factor_that_cannot_be_divided_out_stays_in_its_block(gain, blocks):
+    """1 / c, or that of the product of three, would overflow, and the NaN behind it be no attack at all."""
+    torch.manual_seed(0)
+    model = trained_like(models.resnet(20, "relu", in_channels=1, image_size=8))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.bn2.weight.abs_().clamp_(min=0.5)
+        for i in blocks:
+            model.blocks[i].bn2.weight[0] = gain
+    quick, x = twin(model), torch.rand(4, 1, 8, 8)
+    assert quick is not model
+    torch.testing.assert_close(quick(x), model(x), rtol=1e-3, atol=1e-4 * model(x).abs().max().item())
+
+
+def test_no_twin_whose_weights_overflow():
+    net = trained_like(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten()))
+    with torch.no_grad():
+        net[0].weight.fill_(1e30)
+        net[1].weight.fill_(1e30)
+    assert twin(net) is net
+
+
+@pytest.mark.parametrize("behind", [models.HeBlock, models.ThesisBlock])
+@pytest.mark.parametrize("wider", [False, True])
+def test_a_thesis_block_may_stand_before_any_block(behind, wider):
+    torch.manual_seed(0)
+    cout = 16 if wider else 8
+    blocks = models.ThesisBlock(8, 8, 1, lambda c: nn.ReLU()), behind(8, cout, 1 + wider, lambda c: nn.ReLU())
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cout, 10)
+    model = trained_like(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Sequential(*blocks), *head))
+    with torch.no_grad():
+        model[1][0].bn2.weight.abs_()
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(twin(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_the_unknown_is_left_alone():
     class Odd(nn.Module):
         def __init__(self):

@@ -104,6 +104,12 @@ def test_scatter_draws_the_intervals_it_was_given(figure):
     assert "ReLU at (" in describe(figure)
 
 
+def test_gaps_of_a_function_of_one_s_own(figure):
+    row = {"training": 50.0, "test": 40.0, "gap": 10.0}
+    words = figures.gaps(figure.axes, {"clean": pd.DataFrame([row, row | {"gap": 11.0}], ["relu", "cube"])})
+    assert "largest gap 11.0 points, cube" in words and "ReLU 50.0 and 40.0" in words
+
+
 def test_a_first_run_keeps_no_time_of_an_earlier_one(monkeypatch, tmp_path):
     name, seconds = "06_kernel_activation_functions", iter((20, 5, 30))
     monkeypatch.setenv("KAFNB_HOME", str(tmp_path))

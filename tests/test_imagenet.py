@@ -76,6 +76,46 @@ def test_folders_of_other_classes_are_refused(tmp_path):
         imagenet.train(training, root, store=tmp_path / "store")
 
 
+class Spoiling(torch.nn.Module):
+    """The identity, with a gradient that is NaN: the loss is finite, the weights after the step are not."""
+
+    def forward(self, x):
+        return x + torch.sqrt(0 * x)
+
+
+@pytest.mark.parametrize("activation, epoch", [("relu", 2), ("spoiling", 1)])
+def test_a_training_that_diverges_keeps_its_last_good_state(tmp_path, monkeypatch, activation, epoch):
+    monkeypatch.setitem(kafnb.ACTIVATIONS, "spoiling", lambda channels: Spoiling())
+    root = imagenet.toy_folder(tmp_path / "toy", train=8, test=2)
+    phases = (imagenet.Phase(32, 32, 1, (0, 1), (0.01, 0.01)), imagenet.Phase(32, 16, 1, (0, 1), (1e30, 1e30)))
+    training = imagenet.small(imagenet.Training(activation, method="standard"), 4)
+    training = dataclasses.replace(training, phases=phases)
+    folder = kafnb.store.Folder(tmp_path / "store" / training.name)
+    for _ in range(2):  # and goes on from it
+        with pytest.raises(ValueError, match=rf"^epoch {epoch} diverged[^\n]+lower rates[^\n]+$"):
+            imagenet.train(training, root, store=tmp_path / "store")
+        assert folder.checkpoints() == ["checkpoint-00001.pt"][: epoch - 1]
+
+
+def test_killed_while_a_new_result_replaces_an_old_one_nothing_counts_as_whole(tmp_path, monkeypatch):
+    root, folder_of = imagenet.toy_folder(tmp_path / "toy", train=8, test=2), kafnb.store.Folder
+    training = imagenet.small(imagenet.Training(method="standard"), 4)
+    training = dataclasses.replace(training, phases=(imagenet.Phase(32, 32, 1, (0, 1), (0.01, 0.01)),))
+    old = imagenet.train(training, root, store=tmp_path)
+    monkeypatch.setattr(imagenet.loop, "code_fingerprint", lambda *modules: "0123456789")
+    monkeypatch.setenv("KAFNB_STALE", "recompute")
+
+    def killed(self, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folder_of, "write_table", killed)
+        imagenet.train(training, root, store=tmp_path)
+    monkeypatch.delenv("KAFNB_STALE")
+    new = imagenet.train(training, root, store=tmp_path)
+    assert new.images_per_s[0] != old.images_per_s[0]  # it was not read with the new weights and their record
+
+
 @pytest.mark.slow
 def test_two_processes_train_on_a_small_folder_and_one_resumes(tmp_path):
     root = imagenet.toy_folder(tmp_path / "toy", train=32, test=12)

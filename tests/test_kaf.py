@@ -4,6 +4,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from benchmark_kaf import peak_memory, step
@@ -480,3 +481,34 @@ def test_export():
 def test_nan_stays_nan_whatever_its_bits(free):
     x = torch.tensor([0x7FC00000, 0x7FC00001, 0x7F800001], dtype=torch.int32).view(torch.float32).expand(4, 3).T
     assert x.isnan().all() and KAF(4, trainable_dictionary=free)(x.contiguous()).isnan().all()
+
+
+@pytest.mark.parametrize("kernel", ["laplacian", "softplus", ("gaussian", "matern52")])
+def test_other_kernels_compile_to_one_graph(kernel):
+    torch.manual_seed(0)
+    kaf, x = KAF(3, 5, kernel=kernel), torch.randn(4, 3, 6, requires_grad=True)
+    wanted, got = (torch.autograd.grad(f(x).sum(), x)[0] for f in (kaf, torch.compile(kaf, fullgraph=True)))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_may_be_scalars_of_numpy_and_torch():
+    kaf = KAF(np.int64(2), np.int64(6), np.float64(2.0), bandwidth=torch.tensor(0.5))
+    plain, x = KAF(2, 6, 2.0, bandwidth=0.5), torch.randn(3, 2, 4)
+    plain.load_state_dict(kaf.state_dict())
+    assert repr(kaf) == repr(plain) and kaf.grid == plain.grid
+    torch.testing.assert_close(torch.export.export(kaf, (x,)).module()(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+def test_several_kernels_are_rounded_once():
+    torch.manual_seed(0)
+    kaf = KAF(4, kernel=("gaussian", "laplacian", "matern32"), init="unit")
+    x = torch.randn(64, 4, 32).bfloat16()
+    assert torch.equal(kaf(x), kaf(x.float()).bfloat16()) and kaf(x).dtype == torch.bfloat16
+
+
+def test_init_takes_any_function_of_the_points():
+    step = KAF(2, init=lambda x: (x > 0).float())
+    assert torch.equal(step.alpha, KAF(2, init=lambda x: (x > 0).double()).alpha)
+    for wrong, said in ((torch.nn.PReLU(), "float64"), (lambda x: x[:3], "a value a point"), (torch.sum, "a point")):
+        with pytest.raises(ValueError, match=f"KAF init must.*{said}"):
+            KAF(2, init=wrong)

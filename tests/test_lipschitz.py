@@ -94,6 +94,16 @@ def test_kaf_constant_never_below_the_slope(seed, size, gamma):
     assert (lipschitz.kaf_constant(kaf) >= slopes(kaf, x).amax(1)).all()
 
 
+def test_kaf_constant_ends_where_rounding_keeps_it_from_closing(monkeypatch):
+    kaf, most = kafnb.KAF(1, 2, trainable_dictionary=True), 2**14
+    kaf.points.data[:] = 0.5
+    kaf.alpha.data[:] = torch.tensor([1.0, -1.0])  # cancels, up to rounding
+    seen, derivatives = [], lipschitz.kaf.derivatives
+    monkeypatch.setattr(lipschitz.kaf, "MOST", most)
+    monkeypatch.setattr(lipschitz.kaf, "derivatives", lambda m, *a: seen.append(len(m)) or derivatives(m, *a))
+    assert 0 <= lipschitz.kaf_constant(kaf).item() < 1e-12 and max(seen) <= 2 * most
+
+
 def test_kaf_constant_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="one Gaussian kernel"):
         lipschitz.kaf_constant(kafnb.KAF(2, kernel="laplacian"))

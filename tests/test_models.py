@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from kafnb import models
 
@@ -91,6 +92,13 @@ def test_unknown_names(digits):
         models.build("vgg1", "relu", digits)
     with pytest.raises(ValueError, match="image_size"):
         models.vgg(image_size=4)
+
+
+@pytest.mark.parametrize("wrong", [nn.ELU, nn.LeakyReLU, nn.ReLU()])
+def test_a_torch_activation_is_not_called_with_the_channels(wrong):
+    with pytest.raises(TypeError, match=r"lambda channels: nn.ELU\(\)"):
+        models.mlp(wrong)
+    assert models.mlp(nn.PReLU)[2].num_parameters == 128 and models.mlp(lambda channels: nn.ELU())[2].alpha == 1
 
 
 def test_plain_blocks_have_he_s_parameters_and_no_skip():

@@ -53,6 +53,32 @@ def test_a_restored_one_is_as_it_was(published, tmp_path):
         pretrained.restore(name, tmp_path / "other")
 
 
+def test_a_score_from_before_a_field_came_is_published_and_restored(published, tmp_path):
+    _, folder, table = published
+    for path in folder.glob("evaluation-*.csv"):
+        stored, made = Folder(folder), Folder(folder).read_comment(path.name)
+        del made["queries"]
+        stored.write_table(path.name, stored.read_table(path.name), json.dumps(made))
+    pretrained.restore(pretrained.publish(folder), tmp_path / "other")
+    again = kafnb.run(RUN, [PGD], store=tmp_path / "other", stored=True)
+    assert again.rate.tolist() == table.rate.tolist()
+
+
+def test_killed_in_the_middle_it_is_restored_anew(published, tmp_path, monkeypatch):
+    def killed(self, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Folder, "write_json", killed)
+        pretrained.restore(published[0], tmp_path / "other")
+    restored = pretrained.restore(published[0], tmp_path / "other")
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=restored, check=True)
+    begun = Folder(tmp_path / "begun" / restored.name)
+    begun.write_checkpoint({"history": [{}]})  # a training is not written over, either
+    with pytest.raises(FileExistsError, match="move it away"):
+        pretrained.restore(published[0], tmp_path / "begun")
+
+
 def test_a_restored_one_of_other_data_is_refused(published, tmp_path, monkeypatch):
     pretrained.restore(published[0], tmp_path / "other")
     digits = kafnb.load_data("digits")

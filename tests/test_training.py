@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes to the same bits, and leaves no trace outside the model."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -157,6 +158,30 @@ def test_divergence_stops_and_keeps_the_last_good_weights(tiny):
         history = fit(model, tiny, Recipe(epochs=10, lr=(1e30, 1e30), batch_size=32))
     assert len(history) < 10 and np.isnan(history.loss.iloc[-1])
     assert torch.isfinite(weights(model)).all()
+
+
+class Root(torch.nn.Module):
+    """|x|, whose derivative at 0 is NaN; and a buffer that is infinite from the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor(-float("inf")))
+
+    def forward(self, x):
+        return torch.sqrt(x * x)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_weights_that_the_last_step_of_an_epoch_spoils_are_not_kept(tiny, dead):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), Root(), torch.nn.Linear(16, 10))
+    if dead:  # a unit: its loss is finite, its gradient is not
+        torch.nn.init.zeros_(model[1].weight[:1].detach())
+        torch.nn.init.zeros_(model[1].bias[:1].detach())
+    said = pytest.warns(UserWarning, match="stopped in epoch 1: a weight or buffer is not finite")
+    with said if dead else contextlib.nullcontext():
+        history = fit(model, tiny, Recipe(epochs=2, lr=(0.01, 0.1), batch_size=200))
+    assert history.loss.isna().tolist() == ([True] if dead else [False, False])
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)

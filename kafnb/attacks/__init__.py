@@ -1,6 +1,6 @@
 """Attacks behind one call shape: ``attack(model, x, y, *, eps, ...) -> x_adv``.
 
-Images are float tensors in [0, 1], eps is in the same units, labels are required: which label an attack pushes
+Images are float32 or float64 in [0, 1], eps is in the same units, labels are required: which label an attack pushes
 away from decides what its score means (notebook 17). No attack changes the model's mode, its statistics, its
 gradients or which parameters require them. Ours are here; those of libraries in ``library``, those made
 for one kind of network in ``adaptive``.
@@ -62,14 +62,15 @@ def pgd(
     Returns
     -------
     Tensor, same shape as x
-        Of each image the first restart that succeeded, else the one with the highest loss.
+        Of each image the first restart that succeeded, else the one with the highest loss. Logits of NaN are no class:
+        a success where y are the labels to leave, as evaluation counts them.
 
     Raises
     ------
     ValueError, TypeError
-        Images that are not float in [0, 1], or that the model cannot take; labels that are not int64, one an image,
-        each a class; unknown names; a number of another type or out of range, eps > 1 in L-inf too; restarts without
-        ``random_start``; fewer than 3 classes for "dlr", 4 with "all"; a call inside ``torch.inference_mode``.
+        Images that are not float32 or float64 in [0, 1], or that the model cannot take; labels that are not int64, one
+        an image, each a class; unknown names; a number of another type or out of range, eps > 1 in L-inf too; restarts
+        without ``random_start``; fewer than 3 classes for "dlr", 4 with "all"; a call inside ``torch.inference_mode``.
 
     Source: Madry et al., ICLR 2018, arXiv:1706.06083.
     """
@@ -96,10 +97,10 @@ def pgd(
 
     def broken(x_adv, told, logits):
         wanted = told if told.ndim == 1 else told[:, 0]
-        done = (logits.argmax(1) == wanted) == (targeted is True) if own else torch.ones_like(wanted, dtype=torch.bool)
+        done = (_answer(logits) == wanted) == (targeted is True) if own else torch.ones_like(wanted, dtype=torch.bool)
         if (net is not model and done.any()) or not own:
             with torch.no_grad():
-                done[done.clone()] = (model(x_adv[done]).argmax(1) == wanted[done]) == (targeted is True)
+                done[done.clone()] = (_answer(model(x_adv[done])) == wanted[done]) == (targeted is True)
         return done
 
     with still(model), still(net):
@@ -119,7 +120,7 @@ def pgd(
             with torch.no_grad():
                 logits = model(adv).float()
                 value = sign * raised(logits, ya)
-            done = (logits.argmax(1) == ya) == (targeted is True)
+            done = (_answer(logits) == ya) == (targeted is True)
             better = done | (value > best_loss[alive])
             best[alive[better]], best_loss[alive[better]] = adv[better], value[better]
             alive = alive[~done]
@@ -132,6 +133,14 @@ def _check(model, x, y, eps, norm):
     checks.pick(NORMS, norm, "norm")
     checks.radius(eps, norm)
     checks.labels(y, len(checks.images(x)))
+    if x.dtype not in (torch.float32, torch.float64):  # rounding of the size of eps: a pixel would leave the ball
+        hint = "pass x.float(); a network in half precision casts inside"
+        raise ValueError(f"images must be float32 or float64 in [0, 1], got {x.dtype}: {hint}")
+
+
+def _answer(logits):
+    """The class of each image, as ``evaluate.predict`` says it: -1 where logits are NaN, whose argmax would be 0."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def _within(loss):

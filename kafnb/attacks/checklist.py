@@ -40,7 +40,10 @@ EXPLANATIONS = {
 
 
 def outputs(model, x, y):
-    """The checks that need no attack: name -> value."""
+    """The checks that need no attack: name -> value.
+
+    An entry of the gradient that is NaN or infinite counts as a zero: it leads nowhere either.
+    """
     with still(model):
         with torch.no_grad(), forward(x):
             first, second = model(x), model(x)
@@ -48,11 +51,12 @@ def outputs(model, x, y):
         probable = first.min() > -1e-5 and first.max() < 1 + 1e-5 and ((first.sum(1) - 1).abs() < 1e-5).all()
         right = first.argmax(1) == y
         g = input_gradient(model, x[right], y[right]).flatten(1)
+        no_way = (g == 0) | ~g.isfinite()
         return {
             "softmax outputs": float(probable),
             "randomness": float((first - second).abs().max() / first.abs().max().clamp_min(1e-12)),
-            "images without gradient": float((g == 0).all(1).double().mean()) if len(g) else 0.0,
-            "zeros in the gradient": float((g == 0).float().mean()) if len(g) else 0.0,
+            "images without gradient": float(no_way.all(1).double().mean()) if len(g) else 0.0,
+            "zeros in the gradient": float(no_way.float().mean()) if len(g) else 0.0,
             "gradient against differences": mismatch(model, x[right], y[right], g.view_as(x[right])),
         }
 
@@ -78,7 +82,7 @@ def mismatch(model, x, y, g, step=0.01):
     with still(model), torch.no_grad(), forward(x):
         ahead, behind = (cross_entropy(model(x + s * step * direction).double(), y) for s in (0.5, -0.5))
     ratio = (ahead - behind) / (step * length.double()).clamp_min(1e-30)
-    return float(((ratio < 0.5) | (ratio > 2)).double().mean())
+    return float((~((ratio >= 0.5) & (ratio <= 2))).double().mean())  # so that NaN is a mismatch
 
 
 def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, seed=0):
@@ -103,7 +107,8 @@ def checklist(model, data, *, eps, source=None, n=100, steps=20, queries=500, se
     DataFrame
         One row a check: check, value (what the explanation names), limit, finding (bool: value > limit), explanation.
         Where the value is a share of n images, the limit is that of ``LIMITS`` or ``TOLERANCE`` and one image more:
-        one image alone is no finding, however few they are.
+        one image alone is no finding, however few they are. Entries of a gradient that are NaN or infinite count as
+        zeros, and never agree with differences.
     """
     radius(eps, "linf")
     count(steps, "steps")

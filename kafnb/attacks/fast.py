@@ -18,6 +18,7 @@ from torch import nn
 from ..models import HeBlock, PreactBlock, ThesisBlock, _PadShortcut, any_layout
 
 KNOWN = ("torch.nn.modules", "kafnb.models", "kafnb.kaf", "kafnb.kwta", "kafnb.parametric", "kafnb.attacks.fast")
+SMALLEST = 1e-6  # factor c that is taken from a skip: 1 / c of a much smaller one, as products are, overflows
 
 
 def affine(norm):
@@ -67,7 +68,8 @@ class _Residual(nn.Module):
 def _unscale(blocks):
     """Take the factor s from the skips of successive ReLU blocks, in place; ReLU(c x) = c ReLU(x) where c > 0.
 
-    A block that is to return its output divided by c = s (times the c of its input) can add its input as it is.
+    A block that is to return its output divided by c = s (times the c of its input) can add its input as it is. The
+    block behind must be able to take c up: in its own factor, or in the weights of its skip.
     """
     c = None
     for block, behind in itertools.pairwise([*blocks, None]):
@@ -77,7 +79,8 @@ def _unscale(blocks):
                     conv.weight.mul_(c)
             block.scale = block.scale if block.scale is None else block.scale * c
         c = None
-        if behind is not None and block.scale is not None and (block.scale > 0).all():
+        taken_up = behind is not None and (behind.scale is not None or isinstance(behind.skip, nn.Conv2d))
+        if taken_up and block.scale is not None and (block.scale > SMALLEST).all():
             c, block.scale = block.scale, None
             _scaled(block.conv2, 1 / c.flatten(), torch.zeros_like(c.flatten()))
 
@@ -230,7 +233,8 @@ def twin(model):
     """A quicker copy of a network in eval mode, or the network itself where none is known to be the same.
 
     Copied are float32 networks with convolutions that consist of torch's and the package's modules without hooks;
-    channels last is used where all layers work on any layout.
+    channels last is used where all layers work on any layout. Where a weight is not finite, the network itself: folding
+    may overflow, and oneDNN's ReLU makes 0 of NaN.
     """
     modules = list(model.modules())
     known = all(type(m).__module__.startswith(KNOWN) for m in modules)
@@ -242,13 +246,14 @@ def twin(model):
     with torch.no_grad():
         _fold(out)
     out.requires_grad_(False)
+    if not all(v.isfinite().all() for v in out.state_dict().values()):
+        return model
     if not any_layout(out):
         return out
     out = out.to(memory_format=torch.channels_last)
     if next(out.parameters()).device.type == "cpu":
-        finite = all(v.isfinite().all() for v in out.state_dict().values())  # oneDNN's ReLU makes 0 of NaN
         for name, child in list(out.named_children()):
-            if finite and type(child) is nn.Sequential and len(child) > 0 and _chained(child):
+            if type(child) is nn.Sequential and len(child) > 0 and _chained(child):
                 setattr(out, name, _Chain(child))
     return out
 

@@ -62,7 +62,7 @@ def fit(
                     ddp = wrapped(model, recipe.precision)
                 model.train()
                 states, parts = [{} for _ in range(accumulate)], processes * accumulate
-                sums = torch.zeros(3, dtype=torch.float64)
+                sums = torch.zeros(3, dtype=torch.float64, device=x.device)
                 for i, index in enumerate(batches(x, recipe)):
                     xb, yb = taken(x, y, index, recipe)
                     if len(xb) < parts:  # not an image for each; the schedule goes on
@@ -77,9 +77,11 @@ def fit(
                     for step in learn(*ddp, batch, processes, optimizer, scaler, recipe, rate, states):
                         sums += step
                 if processes > 1:
-                    sums = sums.to(device)
                     dist.all_reduce(sums)
-                yield sums[0].cpu(), sums[1].cpu(), int(sums[2])
+                    for buffer in model.buffers():  # as before a step: whether all are finite, all must say alike
+                        dist.broadcast(buffer, 0)
+                loss, correct, n = sums.tolist()
+                yield loss, correct, int(n)
 
             return training.fit(
                 model, data, recipe, seed=seed, device=device, progress=progress and rank == 0, resume=resume,

@@ -60,6 +60,7 @@ def wrapped(model, precision="float32"):
 def learn(ddp, net, parts, processes, optimizer, scaler, recipe, rate, states, same_draws=True):
     """Learn from one batch given as ``parts``, (x, y, rows, size of the whole batch): yields the sums of each step.
 
+    The sums (loss, number correct, number seen) are a tensor on the device: nothing here waits for it.
     Several parts are accumulated: their gradients are added before the optimiser's step, and only then exchanged.
     With ``same_draws`` random numbers are drawn for the whole batch, else each process draws its own.
     """
@@ -68,7 +69,7 @@ def learn(ddp, net, parts, processes, optimizer, scaler, recipe, rate, states, s
         set_rate(optimizer, rate())
         optimizer.zero_grad()
         start = _generators(parts[0][0].device)
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device=parts[0][0].device)
         for i, ((_, y, rows, size), step) in enumerate(zip(parts, steps, strict=True)):
             _generators(parts[0][0].device, start)  # each part sees the same draws for the whole batch
             last = i == len(parts) - 1
@@ -77,7 +78,9 @@ def learn(ddp, net, parts, processes, optimizer, scaler, recipe, rate, states, s
                     logits, loss = ddp(step)
                 # DDP takes the mean over processes; this is the mean over images
                 scaler.scale(loss * (len(y) * processes / size)).backward()
-            sums += torch.tensor([float(loss.detach()) * len(y), int((logits.argmax(1) == y).sum()), len(y)])
+            sums[0] += loss.detach() * len(y)
+            sums[1] += (logits.argmax(1) == y).sum()
+            sums[2] += len(y)
         finish(net, optimizer, scaler, recipe)
         yield sums
     for step in steps:  # what a method does after its last step

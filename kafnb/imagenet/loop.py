@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import time
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
         The history, a row an epoch: phase's size, loss, accuracy (on perturbed batches), images_per_s of all
         processes, and waiting, the share of time in which the first process had no images to learn from. A last row
         has the accuracy on test images, clean and under PGD-10.
+
+    Raises
+    ------
+    ValueError
+        An epoch whose loss or weights are not finite; one without a batch; a store of other images or statistics.
+    FileNotFoundError
+        ``root`` is no tree of images.
     """
     with group(device) as (rank, processes, device), contextlib.ExitStack() as stack:
         folder = Folder(Path(store or default_store()) / training.name)
@@ -66,7 +74,14 @@ def train(training, root, *, device="cpu", workers=0, store=None, sync_batchnorm
             for phase, epoch, root in plan[len(rows) :]:
                 torch.manual_seed(1_000_003 * (training.seed * processes + rank) + len(rows))
                 data = images(root, True, phase.size)
-                rows.append(_epoch(ddp, data, training, phase, epoch, len(rows), optimizer, rank, processes, workers))
+                row = _epoch(ddp, data, training, phase, epoch, len(rows), optimizer, rank, processes, workers)
+                if not math.isfinite(row["loss"]):  # of all processes, so that each stops here
+                    raise ValueError(
+                        f"epoch {row['epoch']} diverged: its loss or its weights are not finite, and it is not kept. "
+                        f"Run again, this training resumes after epoch {len(rows)}; Training.phases with lower rates "
+                        "are another training, which starts anew"
+                    )
+                rows.append(row)
                 if rank == 0:
                     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     folder.write_checkpoint(states | origin | {"history": rows})
@@ -116,9 +131,11 @@ def _epoch(ddp, data, training, phase, epoch, done, optimizer, rank, processes, 
         part = [(x, y, slice(0, len(y)), len(y) * processes)]
         rate = lambda now=now: float(np.interp(now, phase.at, phase.rates))  # noqa: E731
         for step in learn(learner, net, part, processes, optimizer, scaler, recipe, rate, [state], same_draws=False):
-            sums += step
+            sums += step.cpu()  # waits for the step: what follows is time without images
         asked = time.perf_counter()
     seconds = time.perf_counter() - start
+    if not all(bool(p.isfinite().all()) for p in net.parameters()):  # what the last step did is in no loss
+        sums[0] = float("nan")
     if processes > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -144,6 +161,7 @@ def _keep(folder, training, model, root, rows, device, n, origin):
     )
     last = {"epoch": len(rows), "clean": scores[0].rate, "pgd": scores[1].rate, "images": len(order)}
     history = pd.DataFrame([*rows, last])
+    folder.drop("history.csv")  # written last: an old one beside new weights would count as whole
     folder.write_weights(model)
     record = {"training": dataclasses.asdict(training), "device": device_name(device)} | origin
     folder.write_json("experiment.json", record | provenance())

@@ -79,10 +79,11 @@ class KAF(nn.Module):
         ridge=1e-6,
     ):
         super().__init__()
-        count(channels, "KAF channels")
-        count(dictionary_size, "KAF dictionary_size", low=2)
-        number(boundary, "KAF boundary", above=0)
-        number(ridge, "KAF ridge", low=0)
+        # plain numbers from here on: a numpy or torch scalar would stop torch.compile
+        channels = count(channels, "KAF channels")
+        dictionary_size = count(dictionary_size, "KAF dictionary_size", low=2)
+        boundary = number(boundary, "KAF boundary", above=0)
+        ridge = number(ridge, "KAF ridge", low=0)
         kernels = (kernel,) if isinstance(kernel, str) else tuple(instance(kernel, list | tuple, "KAF kernel"))
         if not kernels:
             raise ValueError(f"KAF kernel must be one or several of {', '.join(KERNELS)}, got {kernel!r}")
@@ -90,10 +91,10 @@ class KAF(nn.Module):
             pick(KERNELS, one, "KAF kernel")
         if bandwidth is None:
             bandwidth = default_bandwidth(dictionary_size, boundary)
-        number(bandwidth, "KAF bandwidth", above=0)
+        bandwidth = number(bandwidth, "KAF bandwidth", above=0)
         self.channels, self.boundary, self.kernels = channels, boundary, kernels
         # of a fixed dictionary plain numbers, so that they are exact in every type the layer is moved to
-        self.grid = Grid(dictionary_size, -boundary, 2 * boundary / (dictionary_size - 1), float(bandwidth))
+        self.grid = Grid(dictionary_size, -boundary, 2 * boundary / (dictionary_size - 1), bandwidth)
         self._grid_text = str(self.grid) if self.grid.in_range() else None
         start = torch.linspace(-boundary, boundary, dictionary_size, dtype=torch.float64)
         self.alpha = nn.Parameter(self._initial_alpha(init, start, bandwidth, ridge))
@@ -137,7 +138,8 @@ class KAF(nn.Module):
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise ValueError(f"KAF of {self.channels} channels needs (N, {self.channels}, *), got {tuple(x.shape)}")
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        alpha, out = self.alpha.to(dtype), None
+        given, alpha, out = x.dtype, self.alpha.to(dtype), None
+        x = x.to(dtype) if len(self.kernels) > 1 else x  # a sum is rounded once, at its end
         for p, kernel in enumerate(self.kernels):
             a = alpha * self.mix[:, p : p + 1].to(dtype) if len(self.kernels) > 1 else alpha
             if kernel == "gaussian" and self._grid_text:
@@ -147,7 +149,7 @@ class KAF(nn.Module):
                 gamma = self.log_bandwidth.to(dtype).exp() if self.grid is None else bandwidth(self.grid, a)
                 part = mixture(x.to(dtype), a, dictionary, gamma, kernel).to(x.dtype)
             out = part if out is None else out + part
-        return out
+        return out.to(given)
 
     def extra_repr(self):
         kernel = "" if self.kernels == ("gaussian",) else f", kernel={self.kernels}"

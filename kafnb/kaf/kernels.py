@@ -96,14 +96,21 @@ def ridge_coefficients(target, dictionary, bandwidth, eps=1e-6, kernel="gaussian
     Raises
     ------
     ValueError
-        For a kernel whose matrix is not positive definite ("relu", "softplus").
+        For a kernel whose matrix is not positive definite ("relu", "softplus"); for a target that does not return a
+        value a point.
     """
     for name in (kernel,) if isinstance(kernel, str) else kernel:
         if not KERNELS[name].positive_definite:
             raise ValueError(f"no ridge initialisation for kernel {name!r}, not positive definite: use init=None")
     dictionary = dictionary.detach().double()
     identity = torch.eye(len(dictionary), dtype=torch.float64, device=dictionary.device)
-    return torch.linalg.solve(gram(dictionary, bandwidth, kernel) + eps * identity, target(dictionary))
+    try:
+        wanted = torch.as_tensor(target(dictionary)).detach().double()
+    except RuntimeError as error:
+        raise ValueError(f"KAF init must be a function of float64 tensors, element by element: {error}") from None
+    if wanted.shape != dictionary.shape:
+        raise ValueError(f"KAF init must return a value a point, {tuple(dictionary.shape)}, got {tuple(wanted.shape)}")
+    return torch.linalg.solve(gram(dictionary, bandwidth, kernel) + eps * identity, wanted)
 
 
 def condition(dictionary, bandwidth, eps=1e-6, kernel="gaussian"):

@@ -17,6 +17,7 @@ _S3 = math.sqrt((3 - math.sqrt(6)) / 2)  # where |d^3/ds^3 exp(-s^2)| is largest
 # sup of exp(-s^2) and of its first four derivatives
 SUPREMA = (1.0, math.sqrt(2 / math.e), 2.0, (12 * _S3 - 8 * _S3**3) * math.exp(-(_S3**2)), 12.0)
 REACH = 6.0  # in units of 1 / sqrt(gamma): beyond, a kernel and its slope are below 3e-15 of their scale
+MOST = 2**20  # intervals at a time: more are left where rounding, and not their width, keeps them open
 ROUNDING = 1e-14  # of a sum of kernels, as a share of sum |alpha_i| times the derivative's scale
 
 
@@ -116,7 +117,7 @@ def kaf_constant(kaf):
         left_over = upper > (1 + tolerance) * steepest[channel]
         channel, middle, h = channel[left_over], middle[left_over], h[left_over]
         unsettled = torch.zeros_like(gamma).scatter_reduce(0, channel, upper[left_over], "amax")
-        if len(channel) == 0:
+        if len(channel) == 0 or len(channel) > MOST:
             break
         half = half / 2
         channel, middle = channel.repeat(2), torch.cat([middle - h / 2, middle + h / 2])
