@@ -101,7 +101,7 @@ def test_kaf_constant_ends_where_rounding_keeps_it_from_closing(monkeypatch):
     seen, derivatives = [], lipschitz.kaf.derivatives
     monkeypatch.setattr(lipschitz.kaf, "MOST", most)
     monkeypatch.setattr(lipschitz.kaf, "derivatives", lambda m, *a: seen.append(len(m)) or derivatives(m, *a))
-    assert 0 <= lipschitz.kaf_constant(kaf).item() < 1e-12 and max(seen) <= 2 * most
+    assert 0 <= lipschitz.kaf_constant(kaf).item() < 1e-6 and max(seen) <= 2 * most
 
 
 def test_kaf_constant_refuses_what_it_cannot_do():
